@@ -1,0 +1,114 @@
+"""
+One call in flight: what was asked, and the one reply that it ends in.
+
+A call belongs to the reactor's thread. Whoever comes first ends it (its task,
+its time limit, its caller's cancel); whatever comes later finds it ended.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any, Final
+
+from twisted.internet.interfaces import IDelayedCall
+
+from taskd.errors import CallError, NotJson, TaskFailed
+from taskd.functions import Function
+from taskd.wire import encode_error
+
+__all__ = ["Call", "task_failed"]
+
+_LONGEST_MESSAGE: Final = 8192
+"""Characters of an exception's own text that are passed on."""
+
+
+class Call:
+    """
+    One call whose reply is still owed.
+
+    Args:
+        function: What was called.
+        positional: Its positional arguments, bound.
+        keywords: Its keyword arguments, bound.
+        id_json: The caller's id as JSON, or ''.
+        timeout: Seconds that it may take from now, above 0, or None.
+        on_end: Takes the call, once, when it has its reply.
+        send_progress: Takes progress messages; None if its caller wants none.
+
+    Attributes:
+        reply: The line to send, once it has ended; None before.
+        abandon: What stops the task, where that can be done; set by who runs it.
+        timer: What ends it at its time limit; set by who runs it.
+    """
+
+    __slots__ = (
+        "abandon",
+        "function",
+        "id_json",
+        "keywords",
+        "on_end",
+        "positional",
+        "reply",
+        "send_progress",
+        "timeout",
+        "timer",
+    )
+
+    def __init__(
+        self,
+        function: Function,
+        positional: list[Any],
+        keywords: dict[str, Any],
+        id_json: str,
+        timeout: float | None,
+        on_end: Callable[[Call], None],
+        send_progress: Callable[[bytes], None] | None,
+    ) -> None:
+        self.function = function
+        self.positional = positional
+        self.keywords = keywords
+        self.id_json = id_json
+        self.timeout = timeout
+        self.on_end = on_end
+        self.send_progress = send_progress
+        self.reply: bytes | None = None
+        self.abandon: Callable[[], None] | None = None
+        self.timer: IDelayedCall | None = None
+
+    def end(self, reply: bytes) -> None:
+        """End the call with a reply; without effect if it has ended before."""
+        if self.reply is None:
+            self.reply = reply
+            if self.timer is not None and self.timer.active():
+                self.timer.cancel()
+            self.on_end(self)
+
+    def fail(self, error: CallError) -> None:
+        """End the call with an error, and stop its task where that can be done."""
+        if self.reply is None:
+            self.end(encode_error(self.id_json, error))
+            if self.abandon is not None:
+                self.abandon()
+
+
+def task_failed(name: str, error: BaseException, debug: bool) -> TaskFailed:
+    """
+    Describe a task's exception to its caller.
+
+    Args:
+        name: The function's name.
+        error: What it raised, or ``NotJson`` for what it returned.
+        debug: True: the traceback is told as well.
+    """
+    if isinstance(error, NotJson):
+        message = f"{name} returned what JSON cannot carry: {error}"
+    else:
+        try:
+            message = str(error)[:_LONGEST_MESSAGE]
+        except Exception:  # the task's own class wrote that __str__
+            message = "(its message cannot be shown)"
+    details = {"type": type(error).__qualname__}
+    if debug:
+        details["traceback"] = "".join(traceback.format_exception(error))
+    return TaskFailed(message or details["type"], **details)

@@ -1,0 +1,72 @@
+"""
+The framing that both ends share: lines ended by a line feed.
+
+No meaning here: what a line says is for the session and the client.
+"""
+
+from __future__ import annotations
+
+from twisted.protocols.basic import LineReceiver
+
+__all__ = ["LongLineReceiver"]
+
+
+class LongLineReceiver(LineReceiver):
+    """
+    A ``LineReceiver`` whose cost is linear, in long lines and in many short ones.
+
+    ``LineReceiver`` searches and copies all that it holds for each line, and
+    again at each chunk of an unfinished one. Here a chunk is split once, and
+    the pieces of an unfinished line wait in a list. Everything else is as in
+    ``LineReceiver``, pausing included; there is no raw mode.
+
+    Source:
+        Twisted issues 6356 and 6357: one line of 16 MB takes 1.4 s there.
+    """
+
+    delimiter = b"\n"
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._pieces_bytes = 0
+
+    @property
+    def is_mid_line(self) -> bool:
+        """Tell whether the beginning of a line has come without its end."""
+        return bool(self._pieces or self._buffer)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take a chunk; call ``lineReceived`` for each line that is complete."""
+        if self._busyReceiving or self.paused:
+            self._buffer += data
+            return
+        if self._buffer:
+            data, self._buffer = self._buffer + data, b""
+        lines = data.split(b"\n")
+        rest = lines.pop()
+        if lines and self._pieces:
+            lines[0] = b"".join([*self._pieces, lines[0]])
+            self._forget_pieces()
+        self._busyReceiving = True
+        try:
+            for number, line in enumerate(lines, 1):
+                if len(line) > self.MAX_LENGTH:
+                    self.lineLengthExceeded(line)
+                    return
+                self.lineReceived(line)
+                if self.paused:
+                    self._buffer = b"\n".join([*lines[number:], rest]) + self._buffer
+                    return
+        finally:
+            self._busyReceiving = False
+        if rest:
+            self._pieces.append(rest)
+            self._pieces_bytes += len(rest)
+            if self._pieces_bytes > self.MAX_LENGTH:
+                too_long = b"".join(self._pieces)
+                self._forget_pieces()
+                self.lineLengthExceeded(too_long)
+
+    def _forget_pieces(self) -> None:
+        self._pieces.clear()
+        self._pieces_bytes = 0

@@ -1,0 +1,96 @@
+"""
+What a process tells the kernel about itself: its title, and whose death ends it.
+
+Linux only, through ctypes. No processes are started here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from typing import Final
+
+__all__ = ["Title", "adopt_orphans", "die_with_parent"]
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+def _prctl(option: int, argument: int | bytes) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}): {os.strerror(error)}")
+
+
+def die_with_parent(is_on: bool) -> None:
+    """
+    Have the kernel kill this process when the thread that spawned it dies.
+
+    Args:
+        is_on: False takes it back.
+
+    Source:
+        prctl(2), PR_SET_PDEATHSIG. A fork clears it in the child.
+    """
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL) if is_on else 0)
+
+
+def adopt_orphans() -> None:
+    """
+    Become the parent of every descendant whose own parent dies.
+
+    So a worker whose zygote was killed stays a child of the daemon, and can be
+    reaped; and what a task left behind ends in no other process's list.
+
+    Source:
+        prctl(2), PR_SET_CHILD_SUBREAPER.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+class Title:
+    """
+    The command line that ``ps`` shows for this process.
+
+    It is written over the memory in which the kernel keeps the arguments, so a
+    change costs no system call; it can be no longer than they were. A process
+    and what it forks have a title each.
+
+    Args:
+        text: The title; what does not fit is cut off.
+
+    Source:
+        proc(5): /proc/pid/cmdline, and arg_start and arg_end in /proc/pid/stat.
+    """
+
+    def __init__(self, text: str) -> None:
+        with open("/proc/self/stat", "rb") as stat:
+            # The second field is the name in brackets, which may hold anything.
+            fields = stat.read().rpartition(b")")[2].split()
+        start, end = int(fields[45]), int(fields[46])
+        self._memory = memoryview((ctypes.c_char * (end - start)).from_address(start)).cast("B")
+        self.set(text)
+        _prctl(_PR_SET_NAME, text.encode()[:15])
+
+    def set(self, text: str) -> None:
+        """Show *text* from now on."""
+        self.window(text, 0)
+
+    def window(self, text: str, width: int) -> memoryview:
+        """
+        Show *text*, and give its end to write on directly.
+
+        Args:
+            text: The title.
+            width: Bytes behind it that will be written.
+
+        Returns:
+            Those bytes; fewer than *width* if there is no room for them.
+        """
+        size = len(self._memory) - 1
+        head = text.encode()[:size]
+        self._memory[:] = head.ljust(size + 1, b"\0")
+        return self._memory[len(head) : min(size, len(head) + width)]

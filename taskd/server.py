@@ -1,0 +1,212 @@
+"""
+The server's protocol: bytes to lines, lines to a session, replies to bytes.
+
+What a line means is the session's; who accepts connections is ``accept``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol
+from twisted.internet.protocol import Factory
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from taskd.errors import CallError
+from taskd.executor import Executor, Loop
+from taskd.functions import Registry
+from taskd.lines import LongLineReceiver
+from taskd.scoreboard import Slot
+from taskd.session import Session
+
+__all__ = ["TaskProtocol", "TaskServerFactory"]
+
+_LINGER_SECONDS: Final = 2.0
+"""How long a peer may go on sending what nobody reads before it is cut off."""
+
+
+class TaskProtocol(LongLineReceiver):
+    """One caller's connection."""
+
+    _log = Logger(namespace="taskd.connection")
+
+    def __init__(self, factory: TaskServerFactory) -> None:
+        super().__init__()
+        self.MAX_LENGTH = factory.max_line_bytes
+        self._factory = factory
+        self._session = Session(factory.functions, factory.executor.start, self._write, self._hang_up)
+        self._replies: list[bytes] = []
+        self._is_receiving = False
+        self._linger: IDelayedCall | None = None
+
+    def connectionMade(self) -> None:
+        """Join the factory's connections."""
+        # A reply is one write, so Nagle's algorithm could only delay it.
+        self.transport.setTcpNoDelay(True)
+        self._factory.joined(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take what came; replies that are ready at once leave in one write."""
+        if self._linger is not None:
+            return
+        self._is_receiving = True
+        try:
+            super().dataReceived(data)
+        finally:
+            self._is_receiving = False
+            if self._replies:
+                self.transport.write(b"".join(self._replies))
+                self._replies.clear()
+
+    def lineReceived(self, line: bytes) -> None:
+        """Hand one line to the session; a bug that it meets ends this connection alone."""
+        try:
+            self._session.receive(line)
+        except Exception:
+            self._log.failure("a bug in taskd: a connection is closed for it")
+            self.transport.abortConnection()
+
+    def lineLengthExceeded(self, line: bytes) -> None:
+        """Answer, then hang up; the rest of the line is never kept."""
+        self._session.receive_too_much(self.MAX_LENGTH)
+
+    def __conform__(self, interface: Any) -> Any:
+        """
+        Ask for half-closed connections only while there is something left to say.
+
+        A caller that shuts down its sending side (``nc -N``) still gets its
+        replies. One that is owed nothing, the usual end of a connection, costs
+        no second round through the reactor.
+        """
+        if interface is IHalfCloseableProtocol and (self._session.owes_replies or self.is_mid_line):
+            return self
+        return None
+
+    def readConnectionLost(self) -> None:
+        """Take the peer's end of sending (``IHalfCloseableProtocol``)."""
+        self._session.receive_end(self.is_mid_line)
+
+    def writeConnectionLost(self) -> None:
+        """Do nothing: it is our own hanging up (``IHalfCloseableProtocol``)."""
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Leave the factory's connections; what runs goes on."""
+        if self._linger is not None and self._linger.active():
+            self._linger.cancel()
+        self._session.lost()
+        self._factory.left(self)
+
+    def drain(self) -> None:
+        """Start nothing more, and hang up when nothing is owed."""
+        self._session.drain()
+
+    def abandon(self, error: CallError) -> None:
+        """End every call in flight with an error."""
+        self._session.abandon(error)
+
+    def _write(self, line: bytes) -> None:
+        if self._is_receiving:
+            self._replies.append(line)
+        else:
+            self.transport.write(line)
+
+    def _hang_up(self) -> None:
+        """
+        Close, in a way that lets the last reply arrive.
+
+        A close while unread bytes lie in the socket resets the connection, and
+        the peer may lose our answer to it. So our side is shut first, and what
+        still comes is thrown away for a moment.
+        """
+        if self._replies:
+            self.transport.write(b"".join(self._replies))
+            self._replies.clear()
+        half_close = getattr(self.transport, "loseWriteConnection", None)
+        if half_close is None:
+            self.transport.loseConnection()
+        else:
+            half_close()
+        self._linger = self._factory.loop.callLater(
+            _LINGER_SECONDS, self.transport.abortConnection
+        )
+
+
+class TaskServerFactory(Factory):
+    """
+    All connections of one worker.
+
+    Args:
+        loop: The reactor.
+        functions: What may be called.
+        executor: What runs it.
+        slot: Where the worker shows what it does.
+        max_line_bytes: Longest request line, from 1.
+
+    Attributes:
+        on_room: Called when a connection has gone, for who waits for room.
+    """
+
+    noisy = False
+
+    def __init__(
+        self,
+        loop: Loop,
+        functions: Registry,
+        executor: Executor,
+        slot: Slot,
+        max_line_bytes: int,
+    ) -> None:
+        self.loop = loop
+        self.functions = functions
+        self.executor = executor
+        self.max_line_bytes = max_line_bytes
+        self.on_room: Callable[[], None] = lambda: None
+        self._slot = slot
+        self._connections: set[TaskProtocol] = set()
+        self._empty: Deferred[None] | None = None
+
+    @property
+    def open_connections(self) -> int:
+        """Tell how many connections are open."""
+        return len(self._connections)
+
+    def buildProtocol(self, addr: Any) -> TaskProtocol:
+        """Make the protocol of a new connection."""
+        return TaskProtocol(self)
+
+    def joined(self, connection: TaskProtocol) -> None:
+        """Count a connection that came."""
+        self._connections.add(connection)
+        self._slot.connected(len(self._connections))
+
+    def left(self, connection: TaskProtocol) -> None:
+        """Count a connection that went."""
+        self._connections.discard(connection)
+        self._slot.disconnected(len(self._connections))
+        self.on_room()
+        if self._empty is not None and not self._connections:
+            self._empty.callback(None)
+
+    def drain(self) -> Deferred[None]:
+        """
+        Close every connection once it is owed nothing.
+
+        Call it once.
+
+        Returns:
+            Fires with None when the last one is closed.
+        """
+        if not self._connections:
+            return succeed(None)
+        self._empty = Deferred()
+        for connection in list(self._connections):
+            connection.drain()
+        return self._empty
+
+    def abandon(self, error: CallError) -> None:
+        """End every call in flight with an error, on every connection."""
+        for connection in list(self._connections):
+            connection.abandon(error)

@@ -1,0 +1,118 @@
+"""
+What the operator decided: frozen, checked, units in the names.
+
+Settings are made once, by ``tap``, and travel to the zygote and its workers as
+JSON. Nothing else reads options or the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+from taskd.errors import SettingsError
+
+__all__ = ["DEFAULT_MAX_LINE_BYTES", "SMTP_TLS", "Settings", "SmtpSettings"]
+
+DEFAULT_MAX_LINE_BYTES: Final = 1024 * 1024
+"""Longest request line. Workerman's Text protocol allows ten times as much."""
+
+SMTP_TLS: Final = ("none", "starttls", "tls")
+"""How mail is protected on its way to the mail server."""
+
+_MODULE: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+@dataclass(frozen=True)
+class SmtpSettings:
+    """
+    Where ``send_mail`` delivers to.
+
+    Attributes:
+        host: The mail server's name or address.
+        port: Its port, 1 to 65535.
+        tls: One of ``SMTP_TLS``; the server's certificate is always verified.
+        user: Login name, or '' to send without a login.
+        password: Its password.
+        timeout_seconds: Longest wait for one answer of the server, above 0.
+    """
+
+    host: str
+    port: int
+    tls: str = "none"
+    user: str = ""
+    password: str = dataclasses.field(default="", repr=False)
+    timeout_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.host or not 1 <= self.port <= 65535:
+            raise SettingsError("--smtp: give HOST:PORT, the port from 1 to 65535")
+        if self.tls not in SMTP_TLS:
+            raise SettingsError(f"--smtp-tls: one of {', '.join(SMTP_TLS)}, not {self.tls!r}")
+        if self.timeout_seconds <= 0:
+            raise SettingsError("--smtp: the timeout must be above 0 seconds")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Everything that one daemon was told.
+
+    Attributes:
+        port: TCP port, 0 to 65535; 0 lets the kernel choose.
+        interface: Address to listen on.
+        procs: How many workers, 1 to 1000.
+        task_modules: Modules that hold tasks, as dotted names or paths of ``.py`` files.
+        preload: False: each worker imports the task modules after its fork.
+        threads: Blocking tasks that one worker runs at a time, 1 to 100.
+        max_line_bytes: Longest request line, from 1024.
+        grace_seconds: How long running tasks may go on at a stop, from 0.
+        debug: True: a task's traceback is sent to its caller.
+        smtp: Where ``send_mail`` delivers to, or None.
+    """
+
+    port: int
+    interface: str = "127.0.0.1"
+    procs: int = 1
+    task_modules: tuple[str, ...] = ()
+    preload: bool = True
+    threads: int = 1
+    max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
+    grace_seconds: float = 30.0
+    debug: bool = False
+    smtp: SmtpSettings | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("--port", self.port, 0, 65535)
+        _check_range("--procs", self.procs, 1, 1000)
+        _check_range("--threads", self.threads, 1, 100)
+        _check_range("--max-line", self.max_line_bytes, 1024, 1024**3)
+        _check_range("--grace", self.grace_seconds, 0, 86400)
+        for name in self.task_modules:
+            if not name.endswith(".py") and not _MODULE.fullmatch(name):
+                raise SettingsError(
+                    f"--tasks: {name!r} is neither a module's dotted name nor a path to a .py file"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the settings as plain JSON types, for ``from_json`` in another process."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Settings:
+        """Make settings again from what ``to_json`` gave."""
+        smtp = fields["smtp"]
+        return cls(
+            **{
+                **fields,
+                "task_modules": tuple(fields["task_modules"]),
+                "smtp": SmtpSettings(**smtp) if smtp else None,
+            }
+        )
+
+
+def _check_range(option: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise SettingsError(f"{option}: a number from {least} to {most}, not {value}")

@@ -1,0 +1,197 @@
+"""
+``twistd taskd``: the options, and the service made out of them.
+
+The one place that knows everyone. It names the reactor and reads the
+environment; everything below it is told.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final
+
+from twisted.application.service import IService
+from twisted.python import usage
+
+from taskd import __version__
+from taskd.errors import SettingsError, StartFailed
+from taskd.settings import DEFAULT_MAX_LINE_BYTES, SMTP_TLS, Settings, SmtpSettings
+from taskd.supervisor import Supervisor
+
+__all__ = ["Options", "makeService", "settings_from"]
+
+_PROCS_PER_CORE: Final = 10
+_SMTP_LOGIN_VARIABLE: Final = "TASKD_SMTP_LOGIN"
+
+
+class Options(usage.Options):
+    """What ``twistd taskd`` can be told."""
+
+    synopsis = "twistd [twistd's options] taskd [options]"
+    longdesc = (
+        "A pool of worker processes that share one port and run tasks. A task is asked for by "
+        'one line of JSON, such as {"function": "echo", "args": ["hello"]}, and answered by one.'
+    )
+
+    optParameters = [
+        ["port", "p", 12345, "TCP port to listen on; 0 lets the kernel choose", int],
+        ["interface", "i", "127.0.0.1", "Address to listen on"],
+        ["procs", "n", None, "Number of worker processes [default: 10 x the cores]", int],
+        ["threads", None, 1, "Blocking tasks that one worker runs at a time", int],
+        ["max-line", None, DEFAULT_MAX_LINE_BYTES, "Longest request line, in bytes", int],
+        ["grace", None, 30.0, "Seconds that running tasks get when the daemon stops", float],
+        ["smtp", None, None, "Mail server of send_mail, as HOST:PORT"],
+        ["smtp-tls", None, "none", f"Protection of mail: {', '.join(SMTP_TLS)}"],
+        [
+            "smtp-login",
+            None,
+            None,
+            f"File that holds USER:PASSWORD for the mail server [or the variable {_SMTP_LOGIN_VARIABLE}]",
+        ],
+    ]
+    optFlags = [
+        ["no-preload", None, "Have each worker import the task modules after its fork"],
+        ["debug", None, "Send callers the traceback of a task that failed"],
+        ["insecure", None, "Listen on an address that other machines can reach"],
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self["tasks"] = []
+
+    def opt_tasks(self, modules: str) -> None:
+        """
+        Module that holds tasks: a dotted name or a path to a .py file.
+
+        May be given several times, or several with commas between them. [default:
+        tasks.py in the working directory, if there is one]
+        """
+        self["tasks"].extend(name.strip() for name in modules.split(",") if name.strip())
+
+    def opt_version(self) -> None:
+        """Show taskd's version and exit."""
+        print("taskd", __version__)  # noqa: T201
+        sys.exit(0)
+
+    def parseOptions(self, options: Any = None) -> None:  # noqa: N802
+        """Parse, and say in one line what is wrong; the list of all options would bury it."""
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as error:
+            raise SystemExit(f"twistd taskd: {error}; see twistd taskd --help") from None
+
+    def postOptions(self) -> None:
+        """Check everything that can be checked before the daemon starts."""
+        try:
+            self.settings = settings_from(self, os.environ)
+        except SettingsError as error:
+            raise usage.UsageError(str(error)) from None
+
+
+def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    """
+    Make settings out of parsed options and the environment.
+
+    Args:
+        options: What ``Options`` has parsed.
+        environ: The environment.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        SettingsError: A value cannot be, or is not safe.
+    """
+    modules = options["tasks"]
+    if not modules and os.path.isfile("tasks.py"):
+        modules = ["tasks.py"]
+    interface = options["interface"]
+    if not options["insecure"] and not _is_loopback(interface):
+        raise SettingsError(
+            f"--interface {interface}: everybody who can reach this address could run tasks, "
+            "since callers are not asked who they are; say --insecure if that is meant"
+        )
+    return Settings(
+        port=options["port"],
+        interface=interface,
+        procs=(os.cpu_count() or 1) * _PROCS_PER_CORE
+        if options["procs"] is None
+        else options["procs"],
+        task_modules=tuple(modules),
+        preload=not options["no-preload"],
+        threads=options["threads"],
+        max_line_bytes=options["max-line"],
+        grace_seconds=options["grace"],
+        debug=bool(options["debug"]),
+        smtp=_smtp_from(options, environ),
+    )
+
+
+def _is_loopback(interface: str) -> bool:
+    try:
+        return ipaddress.ip_address(interface).is_loopback
+    except ValueError:
+        return interface == "localhost"
+
+
+def _smtp_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> SmtpSettings | None:
+    if not options["smtp"]:
+        return None
+    host, _, port = options["smtp"].rpartition(":")
+    if not port.isdecimal():
+        raise SettingsError(f"--smtp {options['smtp']}: give HOST:PORT, such as localhost:25")
+    login = environ.get(_SMTP_LOGIN_VARIABLE, "")
+    if options["smtp-login"]:
+        try:
+            with open(options["smtp-login"], encoding="utf-8") as file:
+                login = file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"--smtp-login {options['smtp-login']}: {error}") from None
+    user, colon, password = login.partition(":")
+    if login and not (user and colon):
+        raise SettingsError("the login for the mail server must be USER:PASSWORD")
+    return SmtpSettings(
+        host=host.strip("[]"), port=int(port), tls=options["smtp-tls"], user=user, password=password
+    )
+
+
+def makeService(options: Options) -> IService:
+    """
+    Build the daemon; twistd starts it.
+
+    Args:
+        options: What the operator has written, parsed.
+
+    Returns:
+        The service.
+    """
+    from twisted.internet import reactor
+
+    sys.excepthook = _one_line_for_failed_starts(sys.excepthook)
+    return Supervisor(options.settings, reactor)
+
+
+_Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
+
+
+def _one_line_for_failed_starts(previous: _Hook) -> _Hook:
+    """
+    Make twistd end with one line, instead of a traceback, when the daemon cannot start.
+
+    twistd lets the exception through, so that its own cleaning up is done and
+    the exit status is 1; only what is shown is left to us.
+    """
+
+    def hook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, StartFailed):
+            print(f"twistd taskd: {error}", file=sys.__stderr__)  # noqa: T201
+        else:
+            previous(kind, error, trace)
+
+    return hook

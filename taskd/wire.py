@@ -1,0 +1,431 @@
+"""
+Messages to bytes and back: one line of strict JSON each.
+
+ujson is fast and lenient: it reads ``01``, ``NaN``, ``1e400``, duplicate keys
+and lone surrogates, and it writes whatever an object's ``__json__`` returns.
+None of that may pass. On the way in a line is taken as ujson read it only if
+ujson would write the very same text again, which proves that nothing was bent;
+any other line is read by a strict decoder made of the standard library's. The
+two agree on all that the first one takes; a property test holds them to it. On
+the way out a value's types are checked before ujson sees them.
+
+The text for callers is docs/protocol.rst. No sockets, no order of replies, no
+functions here: only single messages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, Final, NoReturn
+
+import ujson
+
+from taskd.errors import CallError, Malformed, NotJson
+
+__all__ = [
+    "ABSENT",
+    "MAX_DEPTH",
+    "Request",
+    "decode",
+    "decode_reply",
+    "decode_request",
+    "encode",
+    "encode_error",
+    "encode_progress",
+    "encode_request",
+    "encode_result",
+]
+
+MAX_DEPTH: Final = 64
+"""How deep arrays and objects may nest, the message itself counted, in and out."""
+
+ABSENT: Final = ""
+"""The ``id_json`` of a request without an id; no JSON value is written so."""
+
+_SCALARS: Final = frozenset({str, int, float, bool, type(None)})
+_STRING: Final = frozenset({str})
+
+_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]')
+
+_USUAL_KEYS: Final = frozenset({"function", "args", "id"})
+_REQUEST_KEYS: Final = _USUAL_KEYS | {"timeout", "progress"}
+
+
+class Request:
+    """
+    One request, checked.
+
+    Attributes:
+        function: The name of the function, as sent.
+        args: Keyword arguments (object), positional ones (array), or an empty list.
+        id_json: The caller's id as JSON, or ``ABSENT``.
+        timeout: Seconds that the caller gives the task, more than 0, or None.
+        wants_progress: True if progress messages shall be sent.
+    """
+
+    __slots__ = ("args", "function", "id_json", "timeout", "wants_progress")
+
+    def __init__(
+        self,
+        function: str,
+        args: dict[str, Any] | list[Any],
+        id_json: str = ABSENT,
+        timeout: float | None = None,
+        wants_progress: bool = False,
+    ) -> None:
+        self.function = function
+        self.args = args
+        self.id_json = id_json
+        self.timeout = timeout
+        self.wants_progress = wants_progress
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """
+    Read one line as a strict JSON object.
+
+    Strict is RFC 8259 and I-JSON's (RFC 7493) ban on duplicate names and lone
+    surrogates, and no number outside the doubles' range; integers are exact up
+    to 4300 digits, where Python itself stops.
+
+    Args:
+        line: The message without its line feed.
+
+    Returns:
+        The object.
+
+    Raises:
+        Malformed: The line is anything else; the message says what.
+    """
+    try:
+        text = line.decode()
+        value = ujson.loads(text)
+        if type(value) is not dict:
+            raise _not_an_object()
+        # Only what nests can be longer than two brackets a level.
+        if len(text) > 2 * MAX_DEPTH and text.count("[") + text.count("{") > MAX_DEPTH:
+            _refuse_depth(text)
+        return value if _would_write(value, text) else _decode_strictly(text)
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise Malformed(f"not JSON: {error}") from None
+
+
+def _dumps(value: Any, spaced: bool = False) -> str:
+    """
+    Write plain JSON types with ujson, as JSON.stringify or (spaced) json.dumps would.
+
+    The options stand by position, since naming them doubles the time of a
+    short message: no escaping to ASCII, of HTML or of slashes; no sorting, no
+    indent; NaN and bytes refused.
+    """
+    if spaced:
+        return ujson.dumps(value, False, False, False, False, 0, False, True, None, (", ", ": "))
+    return ujson.dumps(value, False, False, False, False, 0, False)
+
+
+def _would_write(value: Any, text: str) -> bool:
+    try:
+        return _dumps(value, '": ' in text) == text
+    except (OverflowError, ValueError):
+        return False
+
+
+def _not_an_object() -> Malformed:
+    return Malformed('a message is a JSON object, such as {"function": "echo"}')
+
+
+def _too_deep() -> Malformed:
+    return Malformed(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _decode_strictly(text: str) -> dict[str, Any]:
+    value = _STRICT.decode(text)
+    if type(value) is not dict:
+        raise _not_an_object()
+    if "\\u" in text:
+        _refuse_lone_surrogates(value)
+    return value
+
+
+def _refuse_depth(text: str) -> None:
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        if token[0] in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise _too_deep()
+        elif token[0] in "]}":
+            depth -= 1
+
+
+def _object_of_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise Malformed(f"the name {twice!a} stands twice in one object")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise Malformed(f"{name} is not JSON")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise Malformed(f"the number {text[:40]} is out of range")
+    return value
+
+
+_STRICT: Final = json.JSONDecoder(
+    object_pairs_hook=_object_of_unique_names,
+    parse_constant=_refuse_constant,
+    parse_float=_finite_float,
+)
+
+
+def _refuse_lone_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise Malformed(f"half of a surrogate pair in a string: {half}") from None
+
+
+def decode_request(line: bytes) -> Request:
+    """
+    Read one line as a request.
+
+    Args:
+        line: The message without its line feed.
+
+    Returns:
+        The request, with every member of the right type.
+
+    Raises:
+        Malformed: It is not a request.
+    """
+    message = decode(line)
+    id_json = ABSENT
+    if "id" in message:
+        value = message["id"]
+        id_json = str(value) if type(value) is int else encode(value)
+    try:
+        function = message["function"]
+    except KeyError:
+        raise _malformed('the member "function" is missing', id_json) from None
+    args = message.get("args", [])
+    if (
+        message.keys() <= _USUAL_KEYS
+        and type(function) is str
+        and (type(args) is dict or type(args) is list)
+    ):
+        return Request(function, args, id_json, None, False)
+    return _check_request(message, function, args, id_json)
+
+
+def _check_request(message: dict[str, Any], function: Any, args: Any, id_json: str) -> Request:
+    unknown = message.keys() - _REQUEST_KEYS
+    if unknown:
+        known = ", ".join(sorted(_REQUEST_KEYS))
+        raise _malformed(f"unknown member {min(unknown)!a}; a request has {known}", id_json)
+    if type(function) is not str:
+        raise _malformed('"function" must be a string', id_json)
+    if type(args) not in (dict, list):
+        raise _malformed('"args" must be an object or an array', id_json)
+    timeout = message.get("timeout")
+    if timeout is not None and (type(timeout) not in (int, float) or not 0 < timeout < 1e9):
+        raise _malformed('"timeout" must be a number of seconds above 0', id_json)
+    progress = message.get("progress", False)
+    if type(progress) is not bool:
+        raise _malformed('"progress" must be true or false', id_json)
+    if progress and id_json is ABSENT:
+        raise _malformed('"progress" needs an "id": without one it could not be told apart', ABSENT)
+    return Request(function, args, id_json, timeout, progress)
+
+
+def _malformed(text: str, id_json: str) -> Malformed:
+    return Malformed(text, id_json=id_json)
+
+
+def encode(value: Any) -> str:
+    """
+    Write a value as JSON that every strict reader accepts.
+
+    Nothing is converted silently: a dictionary's keys must be strings, a number
+    finite, and the types str, int, float, bool, None, dict, list and tuple (a
+    list on the wire), or their subclasses.
+
+    Args:
+        value: What to write.
+
+    Returns:
+        JSON on one line, not escaped to ASCII. Half of a surrogate pair is
+        found only when the line is made into bytes.
+
+    Raises:
+        NotJson: The value holds something else; the message names its type and place.
+    """
+    kind = type(value)
+    if kind not in _SCALARS and not (kind is list and _SCALARS.issuperset(map(type, value))):
+        _check(value, "the value", 2)  # within the message, which is level 1
+    try:
+        return _dumps(value)
+    except (OverflowError, ValueError) as error:
+        # ujson's words for NaN and the infinities name neither.
+        told = "NaN or Infinity" if "double" in str(error) else str(error)
+        raise NotJson(f"JSON cannot carry it: {told}") from None
+
+
+def _line(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise NotJson("a string holds half of a surrogate pair") from None
+
+
+def _check(value: Any, place: str, depth: int) -> None:
+    """Refuse what ujson would write in its own way, or would fail on without saying where."""
+    if depth > MAX_DEPTH:
+        raise NotJson(f"nested deeper than {MAX_DEPTH} levels (or it contains itself)")
+    if isinstance(value, dict):
+        if not _STRING.issuperset(map(type, value)):
+            for key in value:
+                if not isinstance(key, str):
+                    raise NotJson(f"{place} has the key {key!r:.60}: JSON's keys are strings")
+        items: Any = value.items()
+        children: Any = value.values()
+    elif isinstance(value, (list, tuple)):
+        items, children = enumerate(value), value
+    elif isinstance(value, (str, int, float)) or value is None:
+        return
+    else:
+        kind = type(value)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        raise NotJson(f"{place} is of type {name}, which JSON cannot carry")
+    if not _SCALARS.issuperset(map(type, children)):
+        for key, child in items:
+            if type(child) not in _SCALARS:
+                _check(child, f"{place}[{key!r:.60}]", depth + 1)
+
+
+def encode_result(id_json: str, value: Any) -> bytes:
+    """
+    Write the reply to a call that succeeded.
+
+    Args:
+        id_json: The request's id as JSON, or ``ABSENT`` for a bare result.
+        value: What the function returned.
+
+    Returns:
+        The whole line, its line feed included.
+
+    Raises:
+        NotJson: JSON cannot carry the value.
+    """
+    if id_json:
+        return _line(f'{{"id":{id_json},"result":{encode(value)}}}\n')
+    return _line(encode(value) + "\n")
+
+
+def encode_error(id_json: str, error: CallError) -> bytes:
+    """
+    Write the reply to a call that failed.
+
+    Args:
+        id_json: The request's id as JSON, or ``ABSENT``.
+        error: The failure; text in it that UTF-8 cannot carry is escaped.
+
+    Returns:
+        The whole line, its line feed included.
+    """
+    fields = {
+        "code": error.code,
+        "message": _sendable(error.message),
+        "retryable": error.retryable,
+        **{name: _sendable(value) for name, value in error.details.items()},
+    }
+    body = encode(fields)
+    if id_json:
+        return f'{{"id":{id_json},"error":{body}}}\n'.encode()
+    return f'{{"error":{body}}}\n'.encode()
+
+
+def _sendable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return value
+
+
+def encode_progress(
+    id_json: str, done: float, total: float | None, message: str | None
+) -> bytes:
+    """
+    Write a progress message.
+
+    Args:
+        id_json: The request's id as JSON.
+        done: How much is done, in the task's own unit.
+        total: How much there is to do, or None if unknown.
+        message: What the task is doing, or None.
+
+    Returns:
+        The whole line, its line feed included.
+
+    Raises:
+        NotJson: One of them is not of its type.
+    """
+    body = encode({"done": done, "total": total, "message": message})
+    return _line(f'{{"id":{id_json},"progress":{body}}}\n')
+
+
+def encode_request(request: Request) -> bytes:
+    """
+    Write a request, for a client.
+
+    Args:
+        request: What to ask.
+
+    Returns:
+        The whole line, its line feed included.
+
+    Raises:
+        NotJson: JSON cannot carry the arguments.
+    """
+    parts = [f'{{"function":{encode(request.function)},"args":{encode(request.args)}']
+    if request.id_json:
+        parts.append(f'"id":{request.id_json}')
+    if request.timeout is not None:
+        parts.append(f'"timeout":{encode(request.timeout)}')
+    if request.wants_progress:
+        parts.append('"progress":true')
+    return _line(",".join(parts) + "}\n")
+
+
+def decode_reply(line: bytes) -> dict[str, Any]:
+    """
+    Read one reply to a request that had an id, for a client.
+
+    Args:
+        line: The message without its line feed.
+
+    Returns:
+        An object with ``id`` and one of ``result``, ``error``, ``progress``;
+        or without ``id`` an ``error`` that concerns the whole connection.
+
+    Raises:
+        Malformed: It is anything else.
+    """
+    reply = decode(line)
+    body = reply.keys() - {"id"}
+    if len(body) != 1 or not body <= {"result", "error", "progress"}:
+        raise Malformed("not a reply: it needs one of result, error and progress")
+    for name in ("error", "progress"):
+        if name in reply and type(reply[name]) is not dict:
+            raise Malformed(f'not a reply: "{name}" must be an object')
+    return reply

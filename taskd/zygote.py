@@ -1,0 +1,239 @@
+"""
+The zygote: import once, fork a worker each time the supervisor asks, reap.
+
+It runs no reactor, no thread and no task, so it can always be forked and always
+answers. Its one connection is the socket to the supervisor; when that ends, it
+sees to it that no worker stays behind. Only the standard library is used here;
+what a worker is comes by name, from the supervisor.
+
+Lines of JSON pass between the two. To the zygote: ``load``, ``fork``, ``kill``.
+From it: ``loaded``, ``failed``, ``again`` (the imports cannot be forked: load
+without them), ``forked`` (with the supervisor's end of the worker's socket
+attached), ``unforked``, ``exited``.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any, Final, NoReturn
+
+from taskd.errors import StartFailed
+from taskd.process import Title, adopt_orphans, die_with_parent
+
+__all__ = ["CONTROL_FD", "LISTENING_FD", "SCOREBOARD_FD", "main"]
+
+CONTROL_FD: Final = 3
+SCOREBOARD_FD: Final = 4
+LISTENING_FD: Final = 5
+"""The first of the listening sockets; the others follow it."""
+
+_KILL_AFTER_GRACE_SECONDS: Final = 1.0
+
+
+def main() -> NoReturn:
+    """Be the zygote of the process that holds the other end of ``CONTROL_FD``."""
+    # Until the imports are done nobody reads the socket, so the kernel has to watch.
+    die_with_parent(True)
+    adopt_orphans()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    title = Title("taskd: zygote")
+    if os.getsid(0) != os.getpid():
+        os.setsid()  # a terminal's Ctrl-C is for the supervisor
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    zygote = _Zygote(socket.socket(fileno=CONTROL_FD), title)
+    try:
+        zygote.run()
+    except BrokenPipeError:
+        pass
+    finally:
+        zygote.end()
+    os._exit(0)
+
+
+class _Zygote:
+    def __init__(self, control: socket.socket, title: Title) -> None:
+        self._control = control
+        self._title = title
+        self._unread = b""
+        self._is_orphaned = False
+        self._children: set[int] = set()
+        self._boot: Any = None
+        self._prepared: Any = None
+        self._spec: dict[str, Any] = {}
+        self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def run(self) -> None:
+        """Obey until the supervisor is gone."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        while True:
+            select.select([self._control, self._woken], [], [])
+            self._reap()
+            if not self._obey():
+                return
+
+    def _obey(self) -> bool:
+        """Do what has been asked; tell whether the supervisor is still there."""
+        try:
+            data = self._control.recv(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:
+            return False
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "load" in message:
+                self._load(message["load"])
+            elif "fork" in message:
+                for number in message["fork"]:
+                    self._fork(number)
+            elif "kill" in message and message["kill"] in self._children:
+                os.kill(message["kill"], message["signal"])
+        return bool(data)
+
+    def _tell(self, fd: int | None = None, **message: Any) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        sent = socket.send_fds(self._control, [data], [] if fd is None else [fd])
+        self._control.sendall(data[sent:])
+
+    # Load.
+
+    def _load(self, spec: dict[str, Any]) -> None:
+        """Import what the workers need, as far as it can be shared by a fork."""
+        self._spec = spec
+        self._boot = importlib.import_module(spec["boot"])
+        sys.path.insert(0, spec["directory"])
+        try:
+            if spec["preload"]:
+                self._prepared = self._boot.prepare(spec["settings"])
+            else:
+                self._try_in_child()
+        except StartFailed as error:
+            self._tell(failed=str(error))
+            return
+        if reason := _why_not_to_fork():
+            # What has been imported cannot be undone, so start over without it.
+            self._tell(again=reason)
+            sys.stdout.flush()
+            os.execv(sys.executable, sys.orig_argv)
+        gc.collect()
+        gc.freeze()
+        die_with_parent(False)
+        self._tell(loaded=True)
+
+    def _try_in_child(self) -> None:
+        """Find out whether the imports succeed without doing them here."""
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            try:
+                self._boot.prepare(self._spec["settings"])
+            except StartFailed as error:
+                os.write(writer, str(error).encode()[: select.PIPE_BUF])
+            os._exit(0)
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            told = pipe.read().decode(errors="replace")
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if told or status != 0:
+            raise StartFailed(told or f"the import of the task modules ended with status {status}")
+
+    # Fork and reap.
+
+    def _fork(self, number: int) -> None:
+        theirs, ours = socket.socketpair()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            self._tell(unforked=number, reason=str(error))
+            return
+        if pid == 0:
+            theirs.close()
+            self._become_worker(number, ours)
+        ours.close()
+        self._children.add(pid)
+        self._tell(theirs.fileno(), forked=number, pid=pid)
+        theirs.close()
+
+    def _become_worker(self, number: int, link: socket.socket) -> NoReturn:
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for inherited in (signal.SIGCHLD, signal.SIGTERM):
+                signal.signal(inherited, signal.SIG_DFL)
+            os.close(self._woken)
+            os.close(self._wake)
+            self._control.close()
+            prepared = self._prepared
+            if prepared is None:
+                prepared = self._boot.prepare(self._spec["settings"])
+            listening = [LISTENING_FD + n for n in range(self._spec["listening"])]
+            self._boot.run(number, prepared, self._spec["settings"], link, listening, SCOREBOARD_FD)
+            status = 0
+        except StartFailed as error:
+            print(error, file=sys.stderr)  # noqa: T201 (read and logged by the supervisor)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            # The zygote's own frames are below: this process must not return into them.
+            os._exit(status)
+
+    def _reap(self) -> None:
+        try:
+            while os.read(self._woken, 4096):
+                pass
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            # Others are what dead workers' tasks have left behind.
+            if pid in self._children:
+                self._children.discard(pid)
+                if not self._is_orphaned:
+                    self._tell(exited=pid, status=status)
+
+    def end(self) -> None:
+        """Wait until the workers have drained, kill what has not, and reap it."""
+        self._is_orphaned = True
+        for n in range(self._spec.get("listening", 0)):
+            os.close(LISTENING_FD + n)
+        deadline = time.monotonic() + self._spec.get("grace_seconds", 0) + _KILL_AFTER_GRACE_SECONDS
+        is_killing = False
+        while self._children:
+            left = deadline - time.monotonic()
+            if left <= 0 and not is_killing:
+                is_killing = True
+                for pid in self._children:
+                    os.kill(pid, signal.SIGKILL)
+            select.select([self._woken], [], [], None if is_killing else max(0.0, left))
+            self._reap()
+
+
+def _why_not_to_fork() -> str:
+    """Tell what the imports have set going that would not survive a fork, or ''."""
+    threads = len(os.listdir("/proc/self/task")) - 1
+    if threads:
+        return f"the task modules start {threads} thread{'s' * (threads > 1)} when imported"
+    if "twisted.internet.reactor" in sys.modules:
+        return "the task modules install a reactor when imported"
+    return ""

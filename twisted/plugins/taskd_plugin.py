@@ -1,0 +1,10 @@
+"""Tell twistd that ``twistd taskd`` exists, and where it lives."""
+
+from twisted.application.service import ServiceMaker
+
+taskd = ServiceMaker(
+    "taskd",
+    "taskd.tap",
+    "A pool of worker processes that runs tasks, asked by one line of JSON.",
+    "taskd",
+)
