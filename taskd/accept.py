@@ -18,11 +18,11 @@ from typing import Protocol
 
 from twisted.internet import tcp
 from twisted.internet.epollreactor import EPollReactor
-from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.interfaces import IDelayedCall, IReadDescriptor
 
 from taskd.policy import accept_pause, connection_ceiling
 
-__all__ = ["Accepting", "SharedPort", "SharingReactor"]
+__all__ = ["Accepting", "EagerServer", "SharedPort", "SharingReactor"]
 
 
 class Accepting(Protocol):
@@ -67,6 +67,25 @@ class SharingReactor(EPollReactor):
             self._selectables[fd] = reader
 
 
+class EagerServer(tcp.Server):
+    """
+    A connection that sends at once what the kernel takes.
+
+    Twisted's own asks epoll to tell when it may write, which it may, nearly
+    always: two system calls and a round of the reactor for each reply.
+    """
+
+    def write(self, data: bytes) -> None:
+        """Send now if nothing waits before it; what the kernel does not take goes Twisted's way."""
+        if not self._tempDataBuffer and not self.dataBuffer and self.connected:
+            try:
+                data = data[self.socket.send(data) :]
+            except OSError:
+                pass  # it is full, or gone: the reactor will find out which
+        if data:
+            super().write(data)
+
+
 class SharedPort(tcp.Port):
     """
     A listening socket that this process shares with its siblings.
@@ -79,7 +98,12 @@ class SharedPort(tcp.Port):
 
     # One connection a wake-up: the others have woken somebody else.
     numberAccepts = property(lambda self: 1, lambda self, value: None)  # noqa: N815
+    transport = EagerServer
     _shouldShutdown = False
+    _timer: IDelayedCall | None = None
+    _pause_ends = 0.0
+    _held_at_pause = 0
+    ceiling = 1
 
     @classmethod
     def adopt(cls, fd: int, factory: Accepting, reactor: SharingReactor) -> SharedPort:
@@ -87,7 +111,6 @@ class SharedPort(tcp.Port):
         with socket.socket(fileno=socket.dup(fd)) as listening:
             family = listening.family
         port: SharedPort = cls._fromListeningDescriptor(reactor, fd, family, factory)
-        port.is_pausing = False
         port.ceiling = connection_ceiling(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         factory.on_room = port.resume
         port.startListening()
@@ -100,25 +123,34 @@ class SharedPort(tcp.Port):
     def doRead(self) -> None:
         """Accept one connection, then leave the port to the siblings for a moment."""
         super().doRead()
-        held = self.factory.open_connections
-        if held >= self.ceiling:
-            self.stopReading()
-        elif pause := accept_pause(held):
-            self.stopReading()
-            self.is_pausing = True
-            self.reactor.callLater(pause, self._end_pause)
+        # Who registers anew stands behind the others in the kernel's queue of waiters.
+        self.stopReading()
+        self._held_at_pause = self.factory.open_connections
+        pause = accept_pause(self._held_at_pause)
+        if self._held_at_pause >= self.ceiling:
+            return
+        if not pause:
+            self.startReading()
+            return
+        self._pause_ends = self.reactor.seconds() + pause
+        if self._timer is None:
+            self._timer = self.reactor.callLater(pause, self._end_pause)
 
     def _end_pause(self) -> None:
-        self.is_pausing = False
-        self.resume()
+        self._timer = None
+        left = self._pause_ends - self.reactor.seconds()
+        if left > 0:
+            self._timer = self.reactor.callLater(left, self._end_pause)
+        else:
+            self._held_at_pause = self.ceiling
+            self.resume()
 
     def resume(self) -> None:
-        """Accept again, if nothing stands against it."""
+        """Accept again if fewer connections are held than when the pause began."""
         if (
-            self.connected
+            self.factory.open_connections < self._held_at_pause
+            and self.connected
             and not self.disconnecting
-            and not self.is_pausing
-            and self.factory.open_connections < self.ceiling
         ):
             self.startReading()
 

@@ -153,6 +153,7 @@ class Function:
         call: The callable behind it.
         kind: Where it runs.
         timeout: Seconds that one call may take, or None.
+        runs_at_once: True if nothing has to be made ready for a call.
         label: The name as the scoreboard has it.
         signature: Its signature as text, for people.
         doc: Its docstring, or ''.
@@ -170,6 +171,7 @@ class Function:
         "kind",
         "label",
         "name",
+        "runs_at_once",
         "signature",
         "timeout",
     )
@@ -189,13 +191,20 @@ class Function:
         self.call = call
         self.kind = kind
         self.timeout = timeout
+        self.runs_at_once = kind is Kind.REACTOR and timeout is None
         self.label = name.encode().ljust(_LONGEST_NAME, b"\0")
         self._signature = signature.replace(parameters=parameters)
         self.signature = str(self._signature)
         self.doc = inspect.getdoc(call) or ""
-        by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        by_position = [
+            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
         by_keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        needed = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        needed = {
+            p.name
+            for p in parameters
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
         # JSON names that Python reserves: {"from": …} binds the parameter from_.
         self._aliases = {
             p.name[:-1]: p.name
@@ -281,12 +290,12 @@ class Registry:
         Raises:
             UnknownFunction: There is none; the message says what to do.
         """
-        try:
-            return self._functions[name]
-        except KeyError:
+        function = self._functions.get(name)
+        if function is None:
             raise UnknownFunction(
                 f"no function is named {name!a:.140}; taskd.functions lists those that are"
-            ) from None
+            )
+        return function
 
     def add(self, function: Function) -> None:
         """Register one of the daemon's own functions."""

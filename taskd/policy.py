@@ -54,9 +54,7 @@ def accept_pause(open_connections: int) -> float:
     """
     if open_connections <= 1:
         return 0.0
-    return min(
-        ACCEPT_PAUSE_CEILING_SECONDS, ACCEPT_PAUSE_SECONDS_PER_CONNECTION * open_connections
-    )
+    return min(ACCEPT_PAUSE_CEILING_SECONDS, ACCEPT_PAUSE_SECONDS_PER_CONNECTION * open_connections)
 
 
 def connection_ceiling(fd_limit: int) -> int:

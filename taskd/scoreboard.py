@@ -35,6 +35,7 @@ _FAILED: Final = 8
 _RESTARTS: Final = 9
 _LATENCY: Final = 16
 _BUCKETS: Final = 32
+_SLOWEST: Final = _LATENCY + _BUCKETS - 1
 _NAME: Final = 48
 NAME_BYTES: Final = (_SLOT_WORDS - _NAME) * _WORD
 """Room for a task's name: as many characters as a name may have."""
@@ -138,7 +139,7 @@ class Slot:
         number: Its place, from 1 for workers.
     """
 
-    __slots__ = ("_in_flight", "_name", "_seconds", "_title", "_words", "number")
+    __slots__ = ("_in_flight", "_label", "_name", "_seconds", "_title", "_words", "number")
 
     def __init__(
         self, number: int, words: memoryview, seconds: memoryview, name: memoryview
@@ -148,6 +149,7 @@ class Slot:
         self._seconds = seconds
         self._name = name
         self._in_flight = 0
+        self._label = b""
         self._title = memoryview(bytearray(0))
 
     def open(self, pid: int, now: float) -> None:
@@ -206,7 +208,9 @@ class Slot:
             label: The function's name, ``NAME_BYTES`` long with NULs behind it.
             now: CLOCK_MONOTONIC seconds.
         """
-        self._name[:] = label
+        if label is not self._label:
+            self._label = label
+            self._name[:] = label
         self._seconds[_BEGAN] = now
 
     def leave(self, failed: bool, seconds: float) -> None:
@@ -219,7 +223,8 @@ class Slot:
         """
         words = self._words
         words[_FAILED if failed else _DONE] += 1
-        words[_LATENCY + min(_BUCKETS - 1, int(seconds * 1e6).bit_length())] += 1
+        bucket = int(seconds * 1e6).bit_length()
+        words[_LATENCY + bucket if bucket < _BUCKETS else _SLOWEST] += 1
         if not self._in_flight:
             self._seconds[_BEGAN] = 0.0
 
@@ -229,7 +234,7 @@ class Slot:
         self._words[_IN_FLIGHT] = self._in_flight
         if self._in_flight == 1:
             self.enter(label, now)
-            if self._title and self._words[_STATE] != State.DRAINING:
+            if self._title:
                 self._write_title(label.rstrip(b"\0") + b")")
 
     def end(self, failed: bool, seconds: float) -> None:
@@ -237,8 +242,8 @@ class Slot:
         self._in_flight -= 1
         self._words[_IN_FLIGHT] = self._in_flight
         self.leave(failed, seconds)
-        if not self._in_flight and self._title and self._words[_STATE] != State.DRAINING:
-            self._write_title(b"idle)")
+        if not self._in_flight and self._title:
+            self._write_title(b"idle)" if self._words[_STATE] == State.READY else b"draining)")
 
     def connected(self, open_connections: int) -> None:
         """Show that a connection came, and how many there are now."""

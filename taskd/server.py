@@ -37,15 +37,15 @@ class TaskProtocol(LongLineReceiver):
         super().__init__()
         self.MAX_LENGTH = factory.max_line_bytes
         self._factory = factory
-        self._session = Session(factory.functions, factory.executor.start, self._write, self._hang_up)
+        self._session = Session(factory.functions, factory.executor, self._write, self._hang_up)
+        # One call less for each line.
+        self.lineReceived = self._session.receive  # type: ignore[method-assign]
         self._replies: list[bytes] = []
         self._is_receiving = False
         self._linger: IDelayedCall | None = None
 
     def connectionMade(self) -> None:
         """Join the factory's connections."""
-        # A reply is one write, so Nagle's algorithm could only delay it.
-        self.transport.setTcpNoDelay(True)
         self._factory.joined(self)
 
     def dataReceived(self, data: bytes) -> None:
@@ -55,19 +55,18 @@ class TaskProtocol(LongLineReceiver):
         self._is_receiving = True
         try:
             super().dataReceived(data)
-        finally:
-            self._is_receiving = False
-            if self._replies:
-                self.transport.write(b"".join(self._replies))
-                self._replies.clear()
-
-    def lineReceived(self, line: bytes) -> None:
-        """Hand one line to the session; a bug that it meets ends this connection alone."""
-        try:
-            self._session.receive(line)
         except Exception:
             self._log.failure("a bug in taskd: a connection is closed for it")
             self.transport.abortConnection()
+        self._is_receiving = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits for the end of a batch."""
+        replies = self._replies
+        if replies:
+            self.transport.write(b"".join(replies) if len(replies) > 1 else replies[0])
+            replies.clear()
 
     def lineLengthExceeded(self, line: bytes) -> None:
         """Answer, then hang up; the rest of the line is never kept."""
@@ -108,10 +107,13 @@ class TaskProtocol(LongLineReceiver):
         self._session.abandon(error)
 
     def _write(self, line: bytes) -> None:
+        self._replies.append(line)
         if self._is_receiving:
-            self._replies.append(line)
+            return
+        if self._factory.executor.is_delivering:
+            self._factory.unflushed.add(self)
         else:
-            self.transport.write(line)
+            self.flush()
 
     def _hang_up(self) -> None:
         """
@@ -121,17 +123,13 @@ class TaskProtocol(LongLineReceiver):
         the peer may lose our answer to it. So our side is shut first, and what
         still comes is thrown away for a moment.
         """
-        if self._replies:
-            self.transport.write(b"".join(self._replies))
-            self._replies.clear()
+        self.flush()
         half_close = getattr(self.transport, "loseWriteConnection", None)
         if half_close is None:
             self.transport.loseConnection()
         else:
             half_close()
-        self._linger = self._factory.loop.callLater(
-            _LINGER_SECONDS, self.transport.abortConnection
-        )
+        self._linger = self._factory.loop.callLater(_LINGER_SECONDS, self.transport.abortConnection)
 
 
 class TaskServerFactory(Factory):
@@ -147,6 +145,7 @@ class TaskServerFactory(Factory):
 
     Attributes:
         on_room: Called when a connection has gone, for who waits for room.
+        unflushed: Connections that have replies of the batch that is being delivered.
     """
 
     noisy = False
@@ -167,6 +166,12 @@ class TaskServerFactory(Factory):
         self._slot = slot
         self._connections: set[TaskProtocol] = set()
         self._empty: Deferred[None] | None = None
+        self.unflushed: set[TaskProtocol] = set()
+        executor.on_delivered = self._flush
+
+    def _flush(self) -> None:
+        while self.unflushed:
+            self.unflushed.pop().flush()
 
     @property
     def open_connections(self) -> int:

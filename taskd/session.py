@@ -13,14 +13,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred
 
 from taskd.call import Call
 from taskd.errors import CallError, Cancelled, LineTooLong, Malformed, ShuttingDown
 from taskd.functions import Function, Kind, Registry
 from taskd.wire import ABSENT, encode, encode_error, encode_result, decode_request
 
-__all__ = ["Session", "session_functions"]
+__all__ = ["Runner", "Session", "session_functions"]
+
+
+class Runner(Protocol):
+    """What runs the tasks: an ``Executor``, seen from here."""
+
+    def call_now(  # noqa: D102
+        self,
+        function: Function,
+        positional: list[Any],
+        keywords: dict[str, Any],
+        id_json: str,
+        /,
+    ) -> bytes | Deferred[Any]: ...
+
+    def start(self, call: Call, pending: Deferred[Any] | None, /) -> None: ...  # noqa: D102
 
 
 class Session:
@@ -29,7 +46,7 @@ class Session:
 
     Args:
         functions: What may be called.
-        start: Runs a call and ends it when it is done.
+        runner: Runs what is called.
         write: Takes whole lines for the peer.
         hang_up: Closes the connection once all that was written is out. Called
             at most once, and not by the session after ``lost``.
@@ -38,12 +55,12 @@ class Session:
     def __init__(
         self,
         functions: Registry,
-        start: Callable[[Call], None],
+        runner: Runner,
         write: Callable[[bytes], None],
         hang_up: Callable[[], None],
     ) -> None:
-        self._functions = functions
-        self._start = start
+        self._find = functions.find
+        self._runner = runner
         self._write = write
         self._hang_up = hang_up
         self._in_flight: set[Call] = set()
@@ -66,41 +83,42 @@ class Session:
         """
         if self._is_ending:
             return
-        line = line.rstrip(b"\r")
-        if not line:
-            return
         id_json = ABSENT
         try:
-            request = decode_request(line)
-            id_json = request.id_json
+            name, args, id_json, timeout, wants_progress = decode_request(line)
             if self._is_draining:
                 raise ShuttingDown("this worker is stopping; send the request again")
-            function = self._functions.find(request.function)
-            positional, keywords = function.bind(request.args)
+            function = self._find(name)
+            positional, keywords = function.bind(args)
         except Malformed as error:
-            self._refuse(error.id_json, error)
+            if line.rstrip(b"\r"):  # else it was a keep-alive
+                self._refuse(error.id_json, error)
             return
         except CallError as error:
             self._emit(id_json, encode_error(id_json, error))
             return
-        if function.kind is Kind.SESSION:
+        pending = None
+        if function.runs_at_once and timeout is None and not wants_progress:
+            outcome = self._runner.call_now(function, positional, keywords, id_json)
+            if type(outcome) is bytes:
+                if id_json or not self._in_order:
+                    self._write(outcome)
+                else:
+                    self._in_order.append(_Answered(outcome))
+                return
+            pending = outcome
+        elif function.kind is Kind.SESSION:
             result = function.call(self, *positional, **keywords)
             self._emit(id_json, encode_result(id_json, result))
             return
-        limits = [t for t in (request.timeout, function.timeout) if t is not None]
-        call = Call(
-            function,
-            positional,
-            keywords,
-            id_json,
-            min(limits, default=None),
-            self._ended,
-            self._send_progress if request.wants_progress else None,
-        )
+        if function.timeout is not None and (timeout is None or function.timeout < timeout):
+            timeout = function.timeout
+        send_progress = self._send_progress if wants_progress else None
+        call = Call(function, positional, keywords, id_json, timeout, self._ended, send_progress)
         self._in_flight.add(call)
         if not id_json:
             self._in_order.append(call)
-        self._start(call)
+        self._runner.start(call, pending)
 
     def receive_too_much(self, limit: int) -> None:
         """Answer a line that is longer than *limit* bytes."""

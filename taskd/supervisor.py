@@ -17,7 +17,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from enum import Enum
 from typing import Any, Final
 
 from twisted.application.service import Service
@@ -43,6 +42,7 @@ _BACKLOG: Final = 4096
 """Connections that the kernel holds until a worker accepts; net.core.somaxconn caps it."""
 
 _KILL_AFTER_GRACE_SECONDS: Final = 2.0
+_KILL_AFTER_LINK_SECONDS: Final = 1.0
 
 _NOT_FOR_CHILDREN: Final = frozenset(
     {
@@ -84,6 +84,8 @@ def bind(interface: str, port: int) -> socket.socket:
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What is accepted inherits it: replies are whole, waiting could only delay them.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listening.bind(address)
         listening.listen(_BACKLOG)
     except OSError as error:
@@ -281,7 +283,8 @@ class Supervisor(Service):
         # One that its task has killed did not die of its start, however young.
         lived = YOUNG_SECONDS if slot.is_working else worker.lived_seconds(self._clock())
         slot.close()
-        self.kill(worker)
+        # A process may stay behind its link, so it is killed if it has not gone soon.
+        self._reactor.callLater(_KILL_AFTER_LINK_SECONDS, self.kill, worker)
         if self._stopped is not None:
             return
         slot.count_restart()
@@ -319,7 +322,9 @@ class Supervisor(Service):
             self._zygote.fork({number})
 
     def kill(self, worker: _Worker) -> None:
-        """End a worker's process now."""
+        """End a worker's process now, if it has not been reaped."""
+        if worker.pid not in self._workers:
+            return
         if worker.is_orphan:
             os.kill(worker.pid, signal.SIGKILL)
         elif self._zygote is not None:

@@ -186,9 +186,7 @@ def _one_line_for_failed_starts(previous: _Hook) -> _Hook:
     the exit status is 1; only what is shown is left to us.
     """
 
-    def hook(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, StartFailed):
             print(f"twistd taskd: {error}", file=sys.__stderr__)  # noqa: T201
         else:

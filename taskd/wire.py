@@ -26,6 +26,7 @@ from taskd.errors import CallError, Malformed, NotJson
 
 __all__ = [
     "ABSENT",
+    "Args",
     "MAX_DEPTH",
     "Request",
     "decode",
@@ -49,37 +50,20 @@ _STRING: Final = frozenset({str})
 
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]')
 
+_NO_ARGS: Final[list[Any]] = []
 _USUAL_KEYS: Final = frozenset({"function", "args", "id"})
 _REQUEST_KEYS: Final = _USUAL_KEYS | {"timeout", "progress"}
 
 
-class Request:
-    """
-    One request, checked.
+Args = list[Any] | dict[str, Any]
+"""Positional arguments (array) or keyword arguments (object)."""
 
-    Attributes:
-        function: The name of the function, as sent.
-        args: Keyword arguments (object), positional ones (array), or an empty list.
-        id_json: The caller's id as JSON, or ``ABSENT``.
-        timeout: Seconds that the caller gives the task, more than 0, or None.
-        wants_progress: True if progress messages shall be sent.
-    """
-
-    __slots__ = ("args", "function", "id_json", "timeout", "wants_progress")
-
-    def __init__(
-        self,
-        function: str,
-        args: dict[str, Any] | list[Any],
-        id_json: str = ABSENT,
-        timeout: float | None = None,
-        wants_progress: bool = False,
-    ) -> None:
-        self.function = function
-        self.args = args
-        self.id_json = id_json
-        self.timeout = timeout
-        self.wants_progress = wants_progress
+Request = tuple[str, Args, str, float | None, bool]
+"""
+A request, checked: function, arguments, id as JSON or ``ABSENT``, seconds that the
+caller gives the task or None, whether it wants progress. A bare tuple, because one
+is made for every call, and a class would cost a tenth of the whole decoding.
+"""
 
 
 def decode(line: bytes) -> dict[str, Any]:
@@ -101,49 +85,53 @@ def decode(line: bytes) -> dict[str, Any]:
     """
     try:
         text = line.decode()
-        value = ujson.loads(text)
-        if type(value) is not dict:
-            raise _not_an_object()
-        # Only what nests can be longer than two brackets a level.
-        if len(text) > 2 * MAX_DEPTH and text.count("[") + text.count("{") > MAX_DEPTH:
-            _refuse_depth(text)
-        return value if _would_write(value, text) else _decode_strictly(text)
     except UnicodeDecodeError as error:
         raise Malformed(f"not UTF-8: {error.reason} at byte {error.start}") from None
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise Malformed(f"not JSON: {error}") from None
-
-
-def _dumps(value: Any, spaced: bool = False) -> str:
-    """
-    Write plain JSON types with ujson, as JSON.stringify or (spaced) json.dumps would.
-
-    The options stand by position, since naming them doubles the time of a
-    short message: no escaping to ASCII, of HTML or of slashes; no sorting, no
-    indent; NaN and bytes refused.
-    """
-    if spaced:
-        return ujson.dumps(value, False, False, False, False, 0, False, True, None, (", ", ": "))
-    return ujson.dumps(value, False, False, False, False, 0, False)
-
-
-def _would_write(value: Any, text: str) -> bool:
     try:
-        return _dumps(value, '": ' in text) == text
-    except (OverflowError, ValueError):
-        return False
+        value = _loads(line)  # from str it takes twice the time
+        if '": ' in text:
+            again = _dumps(value, False, False, False, False, 0, False, True, None, (", ", ": "))
+        else:
+            again = _dumps(value, False, False, False, False, 0, False)
+        if again == text and type(value) is dict:
+            # Only what nests can be longer than two brackets a level.
+            if len(text) <= 2 * MAX_DEPTH or _is_flat_enough(value, text):
+                return value
+    except (ValueError, OverflowError):
+        pass  # the strict decoder has better words for it
+    return _decode_strictly(text)
+
+
+# Both are called with their options by position, since naming them doubles the
+# time of a short message: no escaping to ASCII, of HTML or of slashes; no
+# sorting, no indent; NaN refused. With separators: bytes refused, no default.
+_loads: Final = ujson.loads
+_dumps: Final = ujson.dumps
+
+
+def _is_flat_enough(value: dict[str, Any], text: str) -> bool:
+    return text.count("[") + text.count("{") <= MAX_DEPTH or _nests_at_most(MAX_DEPTH, value)
+
+
+def _nests_at_most(levels: int, value: Any) -> bool:
+    children = value.values() if type(value) is dict else value
+    return levels > 0 and (
+        _SCALARS.issuperset(map(type, children))
+        or all(_nests_at_most(levels - 1, c) for c in children if type(c) not in _SCALARS)
+    )
 
 
 def _not_an_object() -> Malformed:
     return Malformed('a message is a JSON object, such as {"function": "echo"}')
 
 
-def _too_deep() -> Malformed:
-    return Malformed(f"nested deeper than {MAX_DEPTH} levels")
-
-
 def _decode_strictly(text: str) -> dict[str, Any]:
-    value = _STRICT.decode(text)
+    try:
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            _refuse_depth(text)
+        value = _STRICT.decode(text)
+    except ValueError as error:
+        raise Malformed(f"not JSON: {error}") from None
     if type(value) is not dict:
         raise _not_an_object()
     if "\\u" in text:
@@ -157,7 +145,7 @@ def _refuse_depth(text: str) -> None:
         if token[0] in "[{":
             depth += 1
             if depth > MAX_DEPTH:
-                raise _too_deep()
+                raise Malformed(f"nested deeper than {MAX_DEPTH} levels")
         elif token[0] in "]}":
             depth -= 1
 
@@ -215,42 +203,41 @@ def decode_request(line: bytes) -> Request:
     if "id" in message:
         value = message["id"]
         id_json = str(value) if type(value) is int else encode(value)
-    try:
-        function = message["function"]
-    except KeyError:
-        raise _malformed('the member "function" is missing', id_json) from None
-    args = message.get("args", [])
+    function = message.get("function")
+    args = message.get("args", _NO_ARGS)
     if (
-        message.keys() <= _USUAL_KEYS
-        and type(function) is str
-        and (type(args) is dict or type(args) is list)
+        type(function) is str
+        and (type(args) is list or type(args) is dict)
+        and _USUAL_KEYS.issuperset(message)
     ):
-        return Request(function, args, id_json, None, False)
-    return _check_request(message, function, args, id_json)
+        return function, args, id_json, None, False
+    return _check_request(message, id_json)
 
 
-def _check_request(message: dict[str, Any], function: Any, args: Any, id_json: str) -> Request:
+def _check_request(message: dict[str, Any], id_json: str) -> Request:
+    def refuse(text: str) -> NoReturn:
+        raise Malformed(text, id_json=id_json)
+
     unknown = message.keys() - _REQUEST_KEYS
     if unknown:
         known = ", ".join(sorted(_REQUEST_KEYS))
-        raise _malformed(f"unknown member {min(unknown)!a}; a request has {known}", id_json)
-    if type(function) is not str:
-        raise _malformed('"function" must be a string', id_json)
+        refuse(f"unknown member {min(unknown)!a}; a request has {known}")
+    if "function" not in message:
+        refuse('the member "function" is missing')
+    if type(message["function"]) is not str:
+        refuse('"function" must be a string')
+    args = message.get("args", _NO_ARGS)
     if type(args) not in (dict, list):
-        raise _malformed('"args" must be an object or an array', id_json)
+        refuse('"args" must be an object or an array')
     timeout = message.get("timeout")
     if timeout is not None and (type(timeout) not in (int, float) or not 0 < timeout < 1e9):
-        raise _malformed('"timeout" must be a number of seconds above 0', id_json)
+        refuse('"timeout" must be a number of seconds above 0')
     progress = message.get("progress", False)
     if type(progress) is not bool:
-        raise _malformed('"progress" must be true or false', id_json)
-    if progress and id_json is ABSENT:
-        raise _malformed('"progress" needs an "id": without one it could not be told apart', ABSENT)
-    return Request(function, args, id_json, timeout, progress)
-
-
-def _malformed(text: str, id_json: str) -> Malformed:
-    return Malformed(text, id_json=id_json)
+        refuse('"progress" must be true or false')
+    if progress and not id_json:
+        refuse('"progress" needs an "id": without one it could not be told apart')
+    return message["function"], args, id_json, timeout, progress
 
 
 def encode(value: Any) -> str:
@@ -275,7 +262,7 @@ def encode(value: Any) -> str:
     if kind not in _SCALARS and not (kind is list and _SCALARS.issuperset(map(type, value))):
         _check(value, "the value", 2)  # within the message, which is level 1
     try:
-        return _dumps(value)
+        return _dumps(value, False, False, False, False, 0, False)
     except (OverflowError, ValueError) as error:
         # ujson's words for NaN and the infinities name neither.
         told = "NaN or Infinity" if "double" in str(error) else str(error)
@@ -286,7 +273,11 @@ def _line(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise NotJson("a string holds half of a surrogate pair") from None
+        raise _half_a_pair() from None
+
+
+def _half_a_pair() -> NotJson:
+    return NotJson("a string holds half of a surrogate pair")
 
 
 def _check(value: Any, place: str, depth: int) -> None:
@@ -306,7 +297,11 @@ def _check(value: Any, place: str, depth: int) -> None:
         return
     else:
         kind = type(value)
-        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        name = (
+            kind.__qualname__
+            if kind.__module__ == "builtins"
+            else f"{kind.__module__}.{kind.__qualname__}"
+        )
         raise NotJson(f"{place} is of type {name}, which JSON cannot carry")
     if not _SCALARS.issuperset(map(type, children)):
         for key, child in items:
@@ -328,9 +323,11 @@ def encode_result(id_json: str, value: Any) -> bytes:
     Raises:
         NotJson: JSON cannot carry the value.
     """
-    if id_json:
-        return _line(f'{{"id":{id_json},"result":{encode(value)}}}\n')
-    return _line(encode(value) + "\n")
+    text = encode(value)
+    try:
+        return f'{{"id":{id_json},"result":{text}}}\n'.encode() if id_json else f"{text}\n".encode()
+    except UnicodeEncodeError:
+        raise _half_a_pair() from None
 
 
 def encode_error(id_json: str, error: CallError) -> bytes:
@@ -362,9 +359,7 @@ def _sendable(value: Any) -> Any:
     return value
 
 
-def encode_progress(
-    id_json: str, done: float, total: float | None, message: str | None
-) -> bytes:
+def encode_progress(id_json: str, done: float, total: float | None, message: str | None) -> bytes:
     """
     Write a progress message.
 
@@ -397,12 +392,13 @@ def encode_request(request: Request) -> bytes:
     Raises:
         NotJson: JSON cannot carry the arguments.
     """
-    parts = [f'{{"function":{encode(request.function)},"args":{encode(request.args)}']
-    if request.id_json:
-        parts.append(f'"id":{request.id_json}')
-    if request.timeout is not None:
-        parts.append(f'"timeout":{encode(request.timeout)}')
-    if request.wants_progress:
+    function, args, id_json, timeout, wants_progress = request
+    parts = [f'{{"function":{encode(function)},"args":{encode(args)}']
+    if id_json:
+        parts.append(f'"id":{id_json}')
+    if timeout is not None:
+        parts.append(f'"timeout":{encode(timeout)}')
+    if wants_progress:
         parts.append('"progress":true')
     return _line(",".join(parts) + "}\n")
 

@@ -212,7 +212,8 @@ class _Worker:
         message = {
             "level": event.get("log_level", LogLevel.info).name,
             "namespace": event.get("log_namespace", ""),
-            "text": text,
+            # Half of a surrogate pair would stop the log's own file.
+            "text": text.encode(errors="backslashreplace").decode(),
         }
         if isInIOThread():
             self._link.tell(log=message)
