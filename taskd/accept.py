@@ -10,17 +10,21 @@ Nothing here knows what is spoken on a connection.
 
 from __future__ import annotations
 
+import errno
 import resource
 import select
 import socket
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from twisted.internet import tcp
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.interfaces import IDelayedCall, IReadDescriptor
 
-from taskd.policy import accept_pause, connection_ceiling
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from taskd.policy import NO_ROOM_PAUSE_SECONDS, accept_pause, connection_ceiling
 
 __all__ = ["Accepting", "EagerServer", "SharedPort", "SharingReactor"]
 
@@ -66,6 +70,12 @@ class SharingReactor(EPollReactor):
             self._reads.add(fd)
             self._selectables[fd] = reader
 
+    def dispose(self) -> None:
+        """Close what a reactor that has stopped still holds, before a fork would copy it."""
+        for reader in self._internalReaders:
+            reader.connectionLost(None)
+        self._poller.close()
+
 
 class EagerServer(tcp.Server):
     """
@@ -74,6 +84,11 @@ class EagerServer(tcp.Server):
     Twisted's own asks epoll to tell when it may write, which it may, nearly
     always: two system calls and a round of the reactor for each reply.
     """
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        """Take the peer's close; a shutdown before our own would tell nobody anything."""
+        self._shouldShutdown = False
+        super().readConnectionLost(reason)
 
     def write(self, data: bytes) -> None:
         """Send now if nothing waits before it; what the kernel does not take goes Twisted's way."""
@@ -86,9 +101,16 @@ class EagerServer(tcp.Server):
             super().write(data)
 
 
+_OUT_OF_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
 class SharedPort(tcp.Port):
     """
     A listening socket that this process shares with its siblings.
+
+    It accepts one connection a wake-up: each of the others has woken somebody
+    else. At a limit of the system it waits; Twisted's own would accept and
+    close what the siblings could serve.
 
     Args:
         fd: The listening socket, not blocking; it is duplicated.
@@ -96,13 +118,10 @@ class SharedPort(tcp.Port):
         reactor: Watches the socket.
     """
 
-    # One connection a wake-up: the others have woken somebody else.
-    numberAccepts = property(lambda self: 1, lambda self, value: None)  # noqa: N815
-    transport = EagerServer
+    _log = Logger(namespace="taskd.accept")
     _shouldShutdown = False
-    _timer: IDelayedCall | None = None
-    _pause_ends = 0.0
-    _held_at_pause = 0
+    _pause: IDelayedCall | None = None
+    _in_a_row = 0
     ceiling = 1
 
     @classmethod
@@ -112,7 +131,7 @@ class SharedPort(tcp.Port):
             family = listening.family
         port: SharedPort = cls._fromListeningDescriptor(reactor, fd, family, factory)
         port.ceiling = connection_ceiling(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        factory.on_room = port.resume
+        factory.on_room = port._on_room
         port.startListening()
         return port
 
@@ -121,34 +140,56 @@ class SharedPort(tcp.Port):
         self.reactor.add_shared_reader(self)
 
     def doRead(self) -> None:
-        """Accept one connection, then leave the port to the siblings for a moment."""
-        super().doRead()
-        # Who registers anew stands behind the others in the kernel's queue of waiters.
+        """Accept one connection; if they come to stay, leave the port to the siblings for a while."""
+        try:
+            connection, address = self.socket.accept()
+        except BlockingIOError:
+            return  # a sibling was quicker
+        except OSError as error:
+            if error.errno not in _OUT_OF_ROOM:
+                return  # it was gone before it was ours
+            # The siblings may have room for it, and closing it would help nobody.
+            self._log.error("no connection can be accepted: {why}", why=error.strerror)
+            self._leave_for(NO_ROOM_PAUSE_SECONDS)
+            return
+        protocol = self.factory.buildProtocol(self._buildAddr(address))
+        self.sessionno += 1
+        protocol.makeConnection(
+            EagerServer(connection, protocol, address, self, self.sessionno, self.reactor)
+        )
+        self._in_a_row += 1
+        held = self.factory.open_connections
+        pause = accept_pause(held, self._in_a_row)
+        if pause or held >= self.ceiling:
+            self._leave_for(pause)
+
+    def _leave_for(self, seconds: float) -> None:
         self.stopReading()
-        self._held_at_pause = self.factory.open_connections
-        pause = accept_pause(self._held_at_pause)
-        if self._held_at_pause >= self.ceiling:
-            return
-        if not pause:
-            self.startReading()
-            return
-        self._pause_ends = self.reactor.seconds() + pause
-        if self._timer is None:
-            self._timer = self.reactor.callLater(pause, self._end_pause)
+        if self._pause is None:
+            self._pause = self.reactor.callLater(seconds, self._end_pause)
+
+    def step_back(self) -> None:
+        """
+        Stand behind the siblings in the kernel's queue: the next connection is theirs.
+
+        For a worker that has taken up work; the kernel would go on to wake it first.
+        """
+        if self._pause is None and self.connected and not self.disconnecting:
+            self.stopReading()
+            self._resume()
 
     def _end_pause(self) -> None:
-        self._timer = None
-        left = self._pause_ends - self.reactor.seconds()
-        if left > 0:
-            self._timer = self.reactor.callLater(left, self._end_pause)
-        else:
-            self._held_at_pause = self.ceiling
-            self.resume()
+        self._pause = None
+        self._resume()
 
-    def resume(self) -> None:
-        """Accept again if fewer connections are held than when the pause began."""
+    def _on_room(self) -> None:
+        self._in_a_row = 0
+        if self._pause is None:
+            self._resume()
+
+    def _resume(self) -> None:
         if (
-            self.factory.open_connections < self._held_at_pause
+            self.factory.open_connections < self.ceiling
             and self.connected
             and not self.disconnecting
         ):

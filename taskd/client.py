@@ -682,9 +682,7 @@ def _call(
     on_progress: OnProgress | None,
 ) -> Deferred[Any]:
     if args and keywords:
-        return fail(
-            BadArguments(f"{function}: give all arguments by position or all by keyword")
-        )
+        return fail(BadArguments(f"{function}: give all arguments by position or all by keyword"))
     return call_with(function, keywords or args, timeout=timeout, on_progress=on_progress)
 
 

@@ -66,6 +66,7 @@ class Executor:
     Attributes:
         is_delivering: True while a batch of calls is being ended.
         on_delivered: Called when a batch is through.
+        on_busy: Called when the first task starts that is not over at once.
     """
 
     _log = Logger(namespace="taskd.task")
@@ -92,6 +93,7 @@ class Executor:
         self._idle: list[Deferred[None]] = []
         self.is_delivering = False
         self.on_delivered: Callable[[], None] = lambda: None
+        self.on_busy: Callable[[], None] = lambda: None
 
     def call_now(
         self,
@@ -137,6 +139,8 @@ class Executor:
         """
         if call.timeout is not None:
             call.timer = self._loop.callLater(call.timeout, self._expire, call)
+        if not self._running:
+            self.on_busy()
         self._running += 1
         began = self._clock()
         self._slot.begin(call.function.label, began)

@@ -12,6 +12,8 @@ from typing import Final
 __all__ = [
     "ACCEPT_PAUSE_CEILING_SECONDS",
     "ACCEPT_PAUSE_SECONDS_PER_CONNECTION",
+    "FREE_ACCEPTS",
+    "NO_ROOM_PAUSE_SECONDS",
     "RESERVED_FDS",
     "YOUNG_SECONDS",
     "Births",
@@ -20,8 +22,14 @@ __all__ = [
     "reconnect_delay",
 ]
 
+FREE_ACCEPTS: Final = 8
+"""So many connections in a row a worker takes without a pause."""
+
 ACCEPT_PAUSE_SECONDS_PER_CONNECTION: Final = 0.0002
 ACCEPT_PAUSE_CEILING_SECONDS: Final = 0.005
+
+NO_ROOM_PAUSE_SECONDS: Final = 0.1
+"""How long a worker leaves the port alone when the system has no room for a connection."""
 
 RESERVED_FDS: Final = 64
 """File descriptors that a worker keeps for its tasks and itself."""
@@ -33,26 +41,30 @@ _BIRTH_DELAY_BASE_SECONDS: Final = 0.1
 _BIRTH_DELAY_CEILING_SECONDS: Final = 30.0
 
 
-def accept_pause(open_connections: int) -> float:
+def accept_pause(open_connections: int, in_a_row: int) -> float:
     """
     Return how long a worker leaves the shared port to its siblings after an accept.
 
     The kernel wakes the same worker again and again, so connections that stay
     would pile up on a few. A worker that holds more waits longer, so the
-    emptiest is the quickest. One that holds a single connection does not wait:
-    with a connection per task that is the usual state, and nothing piles up.
+    emptiest is the quickest. While connections also go, nothing piles up: with
+    a connection per task a pause would only send the next one to a process
+    whose memory is cold.
 
     Args:
         open_connections: How many connections the worker holds, from 0.
+        in_a_row: How many it has accepted since the last one went, from 0.
 
     Returns:
         Seconds, from 0.0 to ``ACCEPT_PAUSE_CEILING_SECONDS``.
 
     Source:
-        200 connections at once on 8 workers: 0 to 113 each without a pause, 25
-        each with it (``benchmarks/run.py burst``).
+        200 connections at once on 8 workers: 0 to 113 each without a pause, 24
+        to 26 each with it (``benchmarks/run.py burst``). A connection per task
+        on 100 workers: half the rate if every accept is followed by a pause
+        (``benchmarks/run.py connect``).
     """
-    if open_connections <= 1:
+    if in_a_row <= FREE_ACCEPTS:
         return 0.0
     return min(ACCEPT_PAUSE_CEILING_SECONDS, ACCEPT_PAUSE_SECONDS_PER_CONNECTION * open_connections)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from functools import cache
 from typing import Final
 
 __all__ = ["Title", "adopt_orphans", "die_with_parent"]
@@ -18,9 +19,13 @@ _PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _prctl(option: int, argument: int | bytes) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, argument, 0, 0, 0) != 0:
+    if _libc().prctl(option, argument, 0, 0, 0) != 0:
         error = ctypes.get_errno()
         raise OSError(error, f"prctl({option}): {os.strerror(error)}")
 
@@ -73,7 +78,6 @@ class Title:
         start, end = int(fields[45]), int(fields[46])
         self._memory = memoryview((ctypes.c_char * (end - start)).from_address(start)).cast("B")
         self.set(text)
-        _prctl(_PR_SET_NAME, text.encode()[:15])
 
     def set(self, text: str) -> None:
         """Show *text* from now on."""
@@ -93,4 +97,5 @@ class Title:
         size = len(self._memory) - 1
         head = text.encode()[:size]
         self._memory[:] = head.ljust(size + 1, b"\0")
+        _prctl(_PR_SET_NAME, head[:15])
         return self._memory[len(head) : min(size, len(head) + width)]

@@ -43,6 +43,9 @@ def main() -> NoReturn:
     # Until the imports are done nobody reads the socket, so the kernel has to watch.
     die_with_parent(True)
     adopt_orphans()
+    # What is freed here leaves holes, which the workers would fill, each on its
+    # own copy of the page.
+    gc.disable()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     title = Title("taskd: zygote")
@@ -126,7 +129,8 @@ class _Zygote:
             self._tell(again=reason)
             sys.stdout.flush()
             os.execv(sys.executable, sys.orig_argv)
-        gc.collect()
+        if self._prepared is not None:
+            self._boot.rehearse(self._prepared)
         gc.freeze()
         die_with_parent(False)
         self._tell(loaded=True)
@@ -181,7 +185,8 @@ class _Zygote:
             if prepared is None:
                 prepared = self._boot.prepare(self._spec["settings"])
             listening = [LISTENING_FD + n for n in range(self._spec["listening"])]
-            self._boot.run(number, prepared, self._spec["settings"], link, listening, SCOREBOARD_FD)
+            gc.enable()
+            self._boot.run(number, prepared, link, listening, SCOREBOARD_FD, self._title)
             status = 0
         except StartFailed as error:
             print(error, file=sys.stderr)  # noqa: T201 (read and logged by the supervisor)
