@@ -10,19 +10,22 @@ Nothing here knows what is spoken on a connection.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import resource
 import select
 import socket
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from twisted.internet import tcp
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.epollreactor import EPollReactor
-from twisted.internet.interfaces import IDelayedCall, IReadDescriptor
-
+from twisted.internet.interfaces import IAddress, IDelayedCall, IReadDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from taskd.policy import NO_ROOM_PAUSE_SECONDS, accept_pause, connection_ceiling
 
@@ -42,6 +45,8 @@ class Accepting(Protocol):
 
     @property
     def open_connections(self) -> int: ...  # noqa: D102
+
+    def buildProtocol(self, addr: IAddress, /) -> Any: ...  # noqa: D102
 
 
 class SharingReactor(EPollReactor):
@@ -93,54 +98,57 @@ class EagerServer(tcp.Server):
     def write(self, data: bytes) -> None:
         """Send now if nothing waits before it; what the kernel does not take goes Twisted's way."""
         if not self._tempDataBuffer and not self.dataBuffer and self.connected:
-            try:
+            # If it is full, or gone, the reactor will find out which.
+            with contextlib.suppress(OSError):
                 data = data[self.socket.send(data) :]
-            except OSError:
-                pass  # it is full, or gone: the reactor will find out which
         if data:
-            super().write(data)
+            super().write(data)  # type: ignore[no-untyped-call]
 
 
 _OUT_OF_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-class SharedPort(tcp.Port):
+@implementer(IReadDescriptor)
+class SharedPort:
     """
     A listening socket that this process shares with its siblings.
 
     It accepts one connection a wake-up: each of the others has woken somebody
-    else. At a limit of the system it waits; Twisted's own would accept and
-    close what the siblings could serve.
+    else. At a limit of the system it waits; Twisted's own ``Port`` would accept
+    and close what the siblings could serve, and shut the socket down for all of
+    them when it is closed.
 
     Args:
         fd: The listening socket, not blocking; it is duplicated.
-        factory: Makes the protocols; it knows how many connections are open.
+        factory: Makes the protocols, and knows how many there are.
         reactor: Watches the socket.
     """
 
     _log = Logger(namespace="taskd.accept")
-    _shouldShutdown = False
-    _pause: IDelayedCall | None = None
-    _in_a_row = 0
-    ceiling = 1
 
-    @classmethod
-    def adopt(cls, fd: int, factory: Accepting, reactor: SharingReactor) -> SharedPort:
-        """Start to accept on *fd*, for a factory that is ``Accepting``."""
-        with socket.socket(fileno=socket.dup(fd)) as listening:
-            family = listening.family
-        port: SharedPort = cls._fromListeningDescriptor(reactor, fd, family, factory)
-        port.ceiling = connection_ceiling(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        factory.on_room = port._on_room
-        port.startListening()
-        return port
+    def __init__(self, fd: int, factory: Accepting, reactor: Any) -> None:
+        self.socket = socket.socket(fileno=os.dup(fd))
+        self._factory = factory
+        self._reactor = reactor
+        self._ceiling = connection_ceiling(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._address_type = IPv6Address if self.socket.family == socket.AF_INET6 else IPv4Address
+        self._realPortNumber = self.socket.getsockname()[1]  # Twisted's transports show it
+        self._in_a_row = 0
+        self._accepted = 0
+        self._pause: IDelayedCall | None = None
+        factory.on_room = self._on_room
+        reactor.add_shared_reader(self)
 
-    def startReading(self) -> None:
-        """Take part in accepting, together with the siblings."""
-        self.reactor.add_shared_reader(self)
+    def fileno(self) -> int:
+        """Tell the descriptor, or -1 once it is closed."""
+        return self.socket.fileno()
+
+    def logPrefix(self) -> str:
+        """Name this for the reactor's own log."""
+        return "taskd"
 
     def doRead(self) -> None:
-        """Accept one connection; if they come to stay, leave the port to the siblings for a while."""
+        """Accept one connection; if they come to stay, leave the port to the siblings."""
         try:
             connection, address = self.socket.accept()
         except BlockingIOError:
@@ -152,21 +160,18 @@ class SharedPort(tcp.Port):
             self._log.error("no connection can be accepted: {why}", why=error.strerror)
             self._leave_for(NO_ROOM_PAUSE_SECONDS)
             return
-        protocol = self.factory.buildProtocol(self._buildAddr(address))
-        self.sessionno += 1
+        protocol = self._factory.buildProtocol(self._address_type("TCP", *address))
+        self._accepted += 1
         protocol.makeConnection(
-            EagerServer(connection, protocol, address, self, self.sessionno, self.reactor)
+            EagerServer(
+                connection, protocol, address, cast(Any, self), self._accepted, self._reactor
+            )
         )
         self._in_a_row += 1
-        held = self.factory.open_connections
+        held = self._factory.open_connections
         pause = accept_pause(held, self._in_a_row)
-        if pause or held >= self.ceiling:
+        if pause or held >= self._ceiling:
             self._leave_for(pause)
-
-    def _leave_for(self, seconds: float) -> None:
-        self.stopReading()
-        if self._pause is None:
-            self._pause = self.reactor.callLater(seconds, self._end_pause)
 
     def step_back(self) -> None:
         """
@@ -174,9 +179,25 @@ class SharedPort(tcp.Port):
 
         For a worker that has taken up work; the kernel would go on to wake it first.
         """
-        if self._pause is None and self.connected and not self.disconnecting:
-            self.stopReading()
+        if self._pause is None:
+            self._reactor.removeReader(self)
             self._resume()
+
+    def close(self) -> None:
+        """Accept nothing more; the siblings go on."""
+        if self._pause is not None and self._pause.active():
+            self._pause.cancel()
+        self._reactor.removeReader(self)
+        self.socket.close()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Close, when the reactor drops everything."""
+        self.close()
+
+    def _leave_for(self, seconds: float) -> None:
+        self._reactor.removeReader(self)
+        if self._pause is None:
+            self._pause = self._reactor.callLater(seconds, self._end_pause)
 
     def _end_pause(self) -> None:
         self._pause = None
@@ -188,12 +209,5 @@ class SharedPort(tcp.Port):
             self._resume()
 
     def _resume(self) -> None:
-        if (
-            self.factory.open_connections < self.ceiling
-            and self.connected
-            and not self.disconnecting
-        ):
-            self.startReading()
-
-    def _logConnectionLostMsg(self) -> None:  # noqa: N802
-        """Say nothing: a worker that stops is the supervisor's news."""
+        if self.fileno() >= 0 and self._factory.open_connections < self._ceiling:
+            self._reactor.add_shared_reader(self)

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import Deferred, fail, gatherResults, succeed
 from twisted.internet.endpoints import clientFromString
 from twisted.internet.error import ConnectionClosed
 from twisted.internet.interfaces import IAddress, IConnector, IDelayedCall, IStreamClientEndpoint
@@ -480,10 +480,7 @@ class TaskClient:
         _stop(self._back_off)
         for attempt in list(self._attempts):
             attempt.cancel()
-        all_closed: Deferred[None] = succeed(None)
-        for closed in [connection.close() for connection in list(self._connections)]:
-            all_closed.addCallback(lambda _, closed=closed: closed)
-        return all_closed
+        return gatherResults([c.close() for c in list(self._connections)]).addCallback(_nothing)
 
     def _give_up(self, gate: _Gate) -> None:
         if gate in self._gates:
@@ -684,6 +681,10 @@ def _call(
     if args and keywords:
         return fail(BadArguments(f"{function}: give all arguments by position or all by keyword"))
     return call_with(function, keywords or args, timeout=timeout, on_progress=on_progress)
+
+
+def _nothing(_: object) -> None:
+    return None
 
 
 def _stop(timer: IDelayedCall | None) -> None:

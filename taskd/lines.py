@@ -6,9 +6,13 @@ No meaning here: what a line says is for the session and the client.
 
 from __future__ import annotations
 
+from typing import Any
+
+from twisted.internet.interfaces import IAddress
+from twisted.internet.protocol import Factory
 from twisted.protocols.basic import LineReceiver
 
-__all__ = ["LongLineReceiver"]
+__all__ = ["LongLineReceiver", "OneConnection"]
 
 
 class LongLineReceiver(LineReceiver):
@@ -25,6 +29,7 @@ class LongLineReceiver(LineReceiver):
     """
 
     delimiter = b"\n"
+    transport: Any
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -51,9 +56,9 @@ class LongLineReceiver(LineReceiver):
         try:
             for number, line in enumerate(lines, 1):
                 if len(line) > self.MAX_LENGTH:
-                    self.lineLengthExceeded(line)
+                    self.lineLengthExceeded(line)  # type: ignore[no-untyped-call]
                     return
-                self.lineReceived(line)
+                self.lineReceived(line)  # type: ignore[no-untyped-call]
                 if self.paused:
                     self._buffer = b"\n".join([*lines[number:], rest]) + self._buffer
                     return
@@ -65,8 +70,26 @@ class LongLineReceiver(LineReceiver):
             if self._pieces_bytes > self.MAX_LENGTH:
                 too_long = b"".join(self._pieces)
                 self._forget_pieces()
-                self.lineLengthExceeded(too_long)
+                self.lineLengthExceeded(too_long)  # type: ignore[no-untyped-call]
 
     def _forget_pieces(self) -> None:
         self._pieces.clear()
         self._pieces_bytes = 0
+
+
+class OneConnection(Factory):
+    """
+    Give a protocol that exists already to the one connection that it is for.
+
+    Args:
+        protocol: The protocol.
+    """
+
+    noisy = False
+
+    def __init__(self, protocol: LongLineReceiver) -> None:
+        self._protocol = protocol
+
+    def buildProtocol(self, addr: IAddress | None) -> LongLineReceiver:
+        """Give the protocol."""
+        return self._protocol

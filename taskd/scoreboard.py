@@ -69,7 +69,7 @@ class Scoreboard:
         self._memory = mmap.mmap(fd, 0, mmap.MAP_SHARED)
         self._bytes = memoryview(self._memory)
         self._words = self._bytes.cast("Q")
-        self._seconds = self._bytes.cast("d")
+        self._seconds: Any = self._bytes.cast("d")
         self.procs = len(self._bytes) // _SLOT_BYTES - 1
 
     @classmethod
@@ -141,9 +141,7 @@ class Slot:
 
     __slots__ = ("_in_flight", "_label", "_name", "_seconds", "_title", "_words", "number")
 
-    def __init__(
-        self, number: int, words: memoryview, seconds: memoryview, name: memoryview
-    ) -> None:
+    def __init__(self, number: int, words: memoryview, seconds: Any, name: memoryview) -> None:
         self.number = number
         self._words = words
         self._seconds = seconds

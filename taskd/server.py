@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol
-from twisted.internet.protocol import Factory
+from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -43,6 +43,7 @@ class TaskProtocol(LongLineReceiver):
         self._replies: list[bytes] = []
         self._is_receiving = False
         self._linger: IDelayedCall | None = None
+        self._has_peer_ended = False
 
     def connectionMade(self) -> None:
         """Join the factory's connections."""
@@ -86,12 +87,13 @@ class TaskProtocol(LongLineReceiver):
 
     def readConnectionLost(self) -> None:
         """Take the peer's end of sending (``IHalfCloseableProtocol``)."""
+        self._has_peer_ended = True
         self._session.receive_end(self.is_mid_line)
 
     def writeConnectionLost(self) -> None:
         """Do nothing: it is our own hanging up (``IHalfCloseableProtocol``)."""
 
-    def connectionLost(self, reason: Failure) -> None:
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Leave the factory's connections; what runs goes on."""
         if self._linger is not None and self._linger.active():
             self._linger.cancel()
@@ -125,7 +127,7 @@ class TaskProtocol(LongLineReceiver):
         """
         self.flush()
         half_close = getattr(self.transport, "loseWriteConnection", None)
-        if half_close is None:
+        if self._has_peer_ended or half_close is None:  # TLS has no half of a close
             self.transport.loseConnection()
         else:
             half_close()

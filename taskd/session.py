@@ -20,7 +20,7 @@ from twisted.internet.defer import Deferred
 from taskd.call import Call
 from taskd.errors import CallError, Cancelled, LineTooLong, Malformed, ShuttingDown
 from taskd.functions import Function, Kind, Registry
-from taskd.wire import ABSENT, encode, encode_error, encode_result, decode_request
+from taskd.wire import ABSENT, decode_request, encode, encode_error, encode_result
 
 __all__ = ["Runner", "Session", "session_functions"]
 
@@ -100,7 +100,7 @@ class Session:
         pending = None
         if function.runs_at_once and timeout is None and not wants_progress:
             outcome = self._runner.call_now(function, positional, keywords, id_json)
-            if type(outcome) is bytes:
+            if isinstance(outcome, bytes):
                 if id_json or not self._in_order:
                     self._write(outcome)
                 else:
@@ -122,6 +122,8 @@ class Session:
 
     def receive_too_much(self, limit: int) -> None:
         """Answer a line that is longer than *limit* bytes."""
+        if self._is_ending:
+            return
         error = LineTooLong(f"a line may have {limit} bytes; the daemon's --max-line sets it")
         self._refuse(ABSENT, error)
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from twisted.application.service import IService
 from twisted.python import usage
@@ -37,7 +37,7 @@ class Options(usage.Options):
         'one line of JSON, such as {"function": "echo", "args": ["hello"]}, and answered by one.'
     )
 
-    optParameters = [
+    optParameters: ClassVar[list[list[Any]]] = [
         ["port", "p", 12345, "TCP port to listen on; 0 lets the kernel choose", int],
         ["interface", "i", "127.0.0.1", "Address to listen on"],
         ["procs", "n", None, "Number of worker processes [default: 10 x the cores]", int],
@@ -46,29 +46,23 @@ class Options(usage.Options):
         ["grace", None, 30.0, "Seconds that running tasks get when the daemon stops", float],
         ["smtp", None, None, "Mail server of send_mail, as HOST:PORT"],
         ["smtp-tls", None, "none", f"Protection of mail: {', '.join(SMTP_TLS)}"],
-        [
-            "smtp-login",
-            None,
-            None,
-            f"File that holds USER:PASSWORD for the mail server [or the variable {_SMTP_LOGIN_VARIABLE}]",
-        ],
+        ["smtp-login", None, None, f"File with USER:PASSWORD [or set {_SMTP_LOGIN_VARIABLE}]"],
     ]
-    optFlags = [
+    optFlags: ClassVar[list[list[Any]]] = [
         ["no-preload", None, "Have each worker import the task modules after its fork"],
         ["debug", None, "Send callers the traceback of a task that failed"],
         ["insecure", None, "Listen on an address that other machines can reach"],
     ]
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self["tasks"] = []
 
     def opt_tasks(self, modules: str) -> None:
         """
-        Module that holds tasks: a dotted name or a path to a .py file.
+        Run the tasks of a module, named with dots or by the path of its .py file.
 
-        May be given several times, or several with commas between them. [default:
-        tasks.py in the working directory, if there is one]
+        May be given several times. [default: tasks.py in the working directory]
         """
         self["tasks"].extend(name.strip() for name in modules.split(",") if name.strip())
 
@@ -77,10 +71,10 @@ class Options(usage.Options):
         print("taskd", __version__)  # noqa: T201
         sys.exit(0)
 
-    def parseOptions(self, options: Any = None) -> None:  # noqa: N802
+    def parseOptions(self, options: Any = None) -> None:
         """Parse, and say in one line what is wrong; the list of all options would bury it."""
         try:
-            super().parseOptions(options)
+            super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as error:
             raise SystemExit(f"twistd taskd: {error}; see twistd taskd --help") from None
 
@@ -188,7 +182,7 @@ def _one_line_for_failed_starts(previous: _Hook) -> _Hook:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, StartFailed):
-            print(f"twistd taskd: {error}", file=sys.__stderr__)  # noqa: T201
+            print(f"twistd taskd: {error}", file=sys.__stderr__)
         else:
             previous(kind, error, trace)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 import ujson
@@ -26,8 +27,8 @@ from taskd.errors import CallError, Malformed, NotJson
 
 __all__ = [
     "ABSENT",
-    "Args",
     "MAX_DEPTH",
+    "Args",
     "Request",
     "decode",
     "decode_reply",
@@ -93,10 +94,13 @@ def decode(line: bytes) -> dict[str, Any]:
             again = _dumps(value, False, False, False, False, 0, False, True, None, (", ", ": "))
         else:
             again = _dumps(value, False, False, False, False, 0, False)
-        if again == text and type(value) is dict:
-            # Only what nests can be longer than two brackets a level.
-            if len(text) <= 2 * MAX_DEPTH or _is_flat_enough(value, text):
-                return value
+        # Only what is longer than two brackets a level can nest too deep.
+        if (
+            again == text
+            and type(value) is dict
+            and (len(text) <= 2 * MAX_DEPTH or _is_flat_enough(value, text))
+        ):
+            return value
     except (ValueError, OverflowError):
         pass  # the strict decoder has better words for it
     return _decode_strictly(text)
@@ -105,8 +109,8 @@ def decode(line: bytes) -> dict[str, Any]:
 # Both are called with their options by position, since naming them doubles the
 # time of a short message: no escaping to ASCII, of HTML or of slashes; no
 # sorting, no indent; NaN refused. With separators: bytes refused, no default.
-_loads: Final = ujson.loads
-_dumps: Final = ujson.dumps
+_loads: Final[Callable[..., Any]] = ujson.loads
+_dumps: Final[Callable[..., str]] = ujson.dumps
 
 
 def _is_flat_enough(value: dict[str, Any], text: str) -> bool:

@@ -15,13 +15,12 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.internet.interfaces import IAddress
 from twisted.internet.main import installReactor
-from twisted.internet.protocol import Factory
-from twisted.logger import LogEvent, LogLevel, eventAsText, globalLogBeginner
+from twisted.internet.protocol import connectionDone
+from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, globalLogBeginner
 from twisted.python.failure import Failure
 from twisted.python.threadable import isInIOThread
 
@@ -30,7 +29,7 @@ from taskd.accept import SharedPort, SharingReactor
 from taskd.errors import WorkerLost
 from taskd.executor import Executor
 from taskd.functions import Function, Kind, Registry
-from taskd.lines import LongLineReceiver
+from taskd.lines import LongLineReceiver, OneConnection
 from taskd.loading import load_tasks
 from taskd.mail import Mailer
 from taskd.process import Title
@@ -148,7 +147,7 @@ def rehearse(prepared: Prepared) -> None:
     Source:
         0.8 MB less for each worker (``benchmarks/run.py startup``).
     """
-    reactor = SharingReactor()
+    reactor = SharingReactor()  # type: ignore[no-untyped-call]
     scoreboard_fd = Scoreboard.create(1)
     worker = _Worker(1, prepared, scoreboard_fd, reactor, memoryview(bytearray(64)))
     os.close(scoreboard_fd)
@@ -161,7 +160,7 @@ def rehearse(prepared: Prepared) -> None:
         caller.connect(port.getsockname())
         caller.setblocking(False)
         rehearsal = _Rehearsal(ours.close)
-        reactor.adoptStreamConnection(caller.fileno(), socket.AF_INET, _Once(rehearsal))
+        reactor.adoptStreamConnection(caller.fileno(), socket.AF_INET, OneConnection(rehearsal))  # type: ignore[no-untyped-call]
         reactor.run(installSignalHandlers=False)
     signal.alarm(0)
     reactor.dispose()
@@ -213,13 +212,15 @@ def run(
         title: Of this process.
     """
     faulthandler.enable()
-    reactor = SharingReactor()
+    reactor = SharingReactor()  # type: ignore[no-untyped-call]
     installReactor(reactor)
     window = title.window(f"taskd: worker {number} (", _TITLE_ROOM)
     worker = _Worker(number, prepared, scoreboard_fd, reactor, window)
     worker.serve(link, listening)
     # What Twisted had to say about the port is every worker's, and nobody's news.
-    globalLogBeginner.beginLoggingTo([worker.observe], discardBuffer=True, redirectStandardIO=False)
+    globalLogBeginner.beginLoggingTo(
+        [cast(ILogObserver, worker.observe)], discardBuffer=True, redirectStandardIO=False
+    )
     reactor.run()
 
 
@@ -254,10 +255,12 @@ class _Worker:
     def serve(self, link: socket.socket, listening: list[int]) -> None:
         """Start to accept, and tell the supervisor."""
         link.setblocking(False)
-        self._reactor.adoptStreamConnection(link.fileno(), socket.AF_UNIX, _Once(self._link))
+        self._reactor.adoptStreamConnection(
+            link.fileno(), socket.AF_UNIX, OneConnection(self._link)
+        )
         link.close()
         for fd in listening:
-            self._ports.append(SharedPort.adopt(fd, self._factory, self._reactor))
+            self._ports.append(SharedPort(fd, self._factory, self._reactor))
             os.close(fd)
         self._reactor.addSystemEventTrigger("before", "shutdown", self._drain)
         self._slot.ready()
@@ -274,7 +277,7 @@ class _Worker:
         grace = self._settings.grace_seconds
         self._slot.drain()
         for port in self._ports:
-            port.stopListening()
+            port.close()
         # Even a reactor that is held up by a task does not outlive its grace.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(int(grace) + 2)
@@ -328,18 +331,6 @@ class _SupervisorLink(LongLineReceiver):
         if "drain" in json.loads(line):
             self._worker.stop()
 
-    def connectionLost(self, reason: Failure) -> None:
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Finish and go: without a supervisor there is no pool."""
         self._worker.stop()
-
-
-class _Once(Factory):
-    """Give a protocol that exists already to the one connection that it is for."""
-
-    noisy = False
-
-    def __init__(self, protocol: _SupervisorLink) -> None:
-        self._protocol = protocol
-
-    def buildProtocol(self, addr: IAddress | None) -> _SupervisorLink:
-        return self._protocol

@@ -79,7 +79,7 @@ class _Zygote:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         while True:
-            select.select([self._control, self._woken], [], [])
+            select.select([self._control.fileno(), self._woken], [], [])
             self._reap()
             if not self._obey():
                 return
@@ -128,7 +128,7 @@ class _Zygote:
             # What has been imported cannot be undone, so start over without it.
             self._tell(again=reason)
             sys.stdout.flush()
-            os.execv(sys.executable, sys.orig_argv)
+            os.execv(sys.executable, sys.orig_argv)  # noqa: S606 (itself, without a shell)
         if self._prepared is not None:
             self._boot.rehearse(self._prepared)
         gc.freeze()
