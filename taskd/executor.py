@@ -271,17 +271,19 @@ class Executor:
         self._is_woken = False
         outcomes, reports = self._outcomes, self._reports
         self.is_delivering = True
-        while reports:
-            self._send_report(*reports.popitem())
-        while outcomes:
-            call, reply, error, seconds = outcomes.popleft()
-            if call in reports:
-                self._send_report(call, reports.pop(call))
-            if error is not None and call.reply is None:
-                reply = self._explain(call.function, call.id_json, error)
-            self._finish(call, reply, error is not None, seconds)
-        self.is_delivering = False
-        self.on_delivered()
+        try:
+            while reports:
+                self._send_report(*reports.popitem())
+            while outcomes:
+                call, reply, error, seconds = outcomes.popleft()
+                if call in reports:
+                    self._send_report(call, reports.pop(call))
+                if error is not None and call.reply is None:
+                    reply = self._explain(call.function, call.id_json, error)
+                self._finish(call, reply, error is not None, seconds)
+        finally:
+            self.is_delivering = False
+            self.on_delivered()
 
     def _send_report(self, call: Call, line: bytes) -> None:
         if call.reply is None and call.send_progress is not None:
