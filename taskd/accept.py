@@ -90,10 +90,20 @@ class EagerServer(tcp.Server):
     always: two system calls and a round of the reactor for each reply.
     """
 
+    _end: Failure | None = None
+
     def readConnectionLost(self, reason: Failure) -> None:
         """Take the peer's close; a shutdown before our own would tell nobody anything."""
+        self._end = reason
         self._shouldShutdown = False
         super().readConnectionLost(reason)
+
+    def loseConnection(self, *args: Any) -> None:
+        """Close at once if the peer has, and nothing waits to be sent."""
+        if self._end is None or self._tempDataBuffer or self.dataBuffer:
+            super().loseConnection(*args)  # type: ignore[no-untyped-call]
+        else:
+            self.connectionLost(self._end)
 
     def write(self, data: bytes) -> None:
         """Send now if nothing waits before it; what the kernel does not take goes Twisted's way."""

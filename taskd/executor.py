@@ -170,7 +170,9 @@ class Executor:
         return waiter
 
     def _finish(self, call: Call, reply: bytes | None, failed: bool, seconds: float) -> None:
-        self._slot.end(failed, seconds)
+        self._slot.end(failed or call.reply is not None, seconds)
+        if call in self._reports:
+            self._send_report(call, self._reports.pop(call))
         if reply is not None:
             call.end(reply)
         self._running -= 1
@@ -204,8 +206,14 @@ class Executor:
             self._settle(value, call, began)
 
     def _wait_for(self, pending: Deferred[Any], call: Call, began: float) -> None:
-        call.abandon = pending.cancel
+        call.abandon = partial(self._cancel, call, pending)
         pending.addBoth(self._settle, call, began)
+
+    def _cancel(self, call: Call, pending: Deferred[Any]) -> None:
+        try:
+            pending.cancel()
+        except Exception:  # a task's canceller is its own code
+            self._log.failure("{task} failed while it was cancelled", task=call.function.name)
 
     def _settle(self, result: Any, call: Call, began: float) -> None:
         failed, reply = True, None
@@ -276,8 +284,6 @@ class Executor:
                 self._send_report(*reports.popitem())
             while outcomes:
                 call, reply, error, seconds = outcomes.popleft()
-                if call in reports:
-                    self._send_report(call, reports.pop(call))
                 if error is not None and call.reply is None:
                     reply = self._explain(call.function, call.id_json, error)
                 self._finish(call, reply, error is not None, seconds)

@@ -119,6 +119,8 @@ def task(
 
     if name is not None:
         _check_name(name)
+    if blocking not in (None, True, False):
+        raise SettingsError(f"@task: blocking must be True, False or None, not {blocking!r}")
     if timeout is not None and not (
         isinstance(timeout, (int, float)) and timeout > 0 and math.isfinite(timeout)
     ):
@@ -214,11 +216,11 @@ class Function:
         # The bounds within which a call fits for certain; whatever is outside
         # them goes the slow way through inspect, which finds the words.
         self._needs = needed
-        self._accepts = (
-            None
-            if any(p.kind is p.VAR_KEYWORD for p in parameters)
-            else {p.name for p in by_keyword}
-        )
+        self._accepts: set[str] | None = {p.name for p in by_keyword}
+        if any(p.kind is p.POSITIONAL_ONLY and p.name in needed for p in parameters):
+            self._accepts = set()
+        elif any(p.kind is p.VAR_KEYWORD for p in parameters):
+            self._accepts = None
         self._fewest = sum(p.name in needed for p in by_position)
         self._most = (
             math.inf if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(by_position)
@@ -341,7 +343,7 @@ class Registry:
 
 
 def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise SettingsError(
             f"{name!r} cannot be a task's name: letters, digits, '_', '.' and '-', 128 at most"
         )

@@ -78,7 +78,8 @@ class Mailer:
             if reply_to:
                 mail["Reply-To"] = reply_to
             mail["Subject"] = subject
-        except (MessageError, ValueError, IndexError) as error:
+        except (MessageError, ValueError, TypeError, IndexError, AttributeError) as error:
+            # What the standard library's parser stumbles over, it reports in all these ways.
             raise ValueError(f"a header cannot be written: {error}") from error
         mail["Date"] = formatdate(localtime=True)
         mail["Message-ID"] = make_msgid()

@@ -14,6 +14,7 @@ from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from taskd.errors import CallError
 from taskd.executor import Executor, Loop
@@ -28,8 +29,13 @@ _LINGER_SECONDS: Final = 2.0
 """How long a peer may go on sending what nobody reads before it is cut off."""
 
 
+@implementer(IHalfCloseableProtocol)
 class TaskProtocol(LongLineReceiver):
-    """One caller's connection."""
+    """
+    One caller's connection.
+
+    A caller that shuts down its sending side (``nc -N``) still gets its replies.
+    """
 
     _log = Logger(namespace="taskd.connection")
 
@@ -44,6 +50,7 @@ class TaskProtocol(LongLineReceiver):
         self._is_receiving = False
         self._linger: IDelayedCall | None = None
         self._has_peer_ended = False
+        self._is_hanging_up = False
 
     def connectionMade(self) -> None:
         """Join the factory's connections."""
@@ -51,7 +58,7 @@ class TaskProtocol(LongLineReceiver):
 
     def dataReceived(self, data: bytes) -> None:
         """Take what came; replies that are ready at once leave in one write."""
-        if self._linger is not None:
+        if self._is_hanging_up:
             return
         self._is_receiving = True
         try:
@@ -73,25 +80,16 @@ class TaskProtocol(LongLineReceiver):
         """Answer, then hang up; the rest of the line is never kept."""
         self._session.receive_too_much(self.MAX_LENGTH)
 
-    def __conform__(self, interface: Any) -> Any:
-        """
-        Ask for half-closed connections only while there is something left to say.
-
-        A caller that shuts down its sending side (``nc -N``) still gets its
-        replies. One that is owed nothing, the usual end of a connection, costs
-        no second round through the reactor.
-        """
-        if interface is IHalfCloseableProtocol and (self._session.owes_replies or self.is_mid_line):
-            return self
-        return None
-
     def readConnectionLost(self) -> None:
-        """Take the peer's end of sending (``IHalfCloseableProtocol``)."""
+        """Answer what is owed, then close (``IHalfCloseableProtocol``)."""
         self._has_peer_ended = True
+        if self._is_hanging_up:
+            self.transport.loseConnection()
         self._session.receive_end(self.is_mid_line)
 
     def writeConnectionLost(self) -> None:
-        """Do nothing: it is our own hanging up (``IHalfCloseableProtocol``)."""
+        """Give the peer, who has our last word now, a moment (``IHalfCloseableProtocol``)."""
+        self._linger = self._factory.loop.callLater(_LINGER_SECONDS, self.transport.abortConnection)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Leave the factory's connections; what runs goes on."""
@@ -126,12 +124,12 @@ class TaskProtocol(LongLineReceiver):
         still comes is thrown away for a moment.
         """
         self.flush()
+        self._is_hanging_up = True
         half_close = getattr(self.transport, "loseWriteConnection", None)
         if self._has_peer_ended or half_close is None:  # TLS has no half of a close
             self.transport.loseConnection()
         else:
             half_close()
-        self._linger = self._factory.loop.callLater(_LINGER_SECONDS, self.transport.abortConnection)
 
 
 class TaskServerFactory(Factory):

@@ -48,6 +48,9 @@ ABSENT: Final = ""
 
 _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _STRING: Final = frozenset({str})
+_NUMBERS: Final = (int, float)
+_NUMBERS_OR_NONE: Final = (int, float, type(None))
+_TEXT_OR_NONE: Final = (str, type(None))
 
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]')
 
@@ -379,6 +382,9 @@ def encode_progress(id_json: str, done: float, total: float | None, message: str
     Raises:
         NotJson: One of them is not of its type.
     """
+    for value, kinds in ((done, _NUMBERS), (total, _NUMBERS_OR_NONE), (message, _TEXT_OR_NONE)):
+        if not isinstance(value, kinds):
+            raise NotJson(f"progress takes numbers and a text, not {value!r:.60}")
     body = encode({"done": done, "total": total, "message": message})
     return _line(f'{{"id":{id_json},"progress":{body}}}\n')
 
@@ -425,6 +431,8 @@ def decode_reply(line: bytes) -> dict[str, Any]:
     body = reply.keys() - {"id"}
     if len(body) != 1 or not body <= {"result", "error", "progress"}:
         raise Malformed("not a reply: it needs one of result, error and progress")
+    if "id" not in reply and "error" not in reply:
+        raise Malformed('not a reply: it needs an "id"')
     for name in ("error", "progress"):
         if name in reply and type(reply[name]) is not dict:
             raise Malformed(f'not a reply: "{name}" must be an object')
