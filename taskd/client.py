@@ -71,7 +71,7 @@ class TaskClientProtocol(LongLineReceiver):
     Args:
         reactor: Keeps the time limits.
         on_connected: Called with this protocol when the connection stands.
-        on_lost: Called with it when the connection is gone and all its calls have failed.
+        on_lost: Called with it when the connection is gone, before its calls fail.
 
     Attributes:
         has_answered: True once the daemon has said anything.
@@ -202,6 +202,8 @@ class TaskClientProtocol(LongLineReceiver):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Fail every call that has no reply; none is left hanging."""
         self.connected = 0
+        # First of all, so that whoever tries again at once is not sent here.
+        self._on_lost(self)
         # What ends a connection by anything but its close is a failed handshake.
         may_have_started = reason.check(ConnectionClosed) is not None
         error: CallError = ConnectionLost(
@@ -223,7 +225,6 @@ class TaskClientProtocol(LongLineReceiver):
             else:
                 pending.deferred.errback(error)
         _stop(self._abort)
-        self._on_lost(self)
         if self._closed is not None:
             self._closed.callback(None)
 
@@ -308,6 +309,8 @@ class TaskClientFactory(ClientFactory):
 
     def _connected(self, connection: TaskClientProtocol) -> None:
         self._connection = connection
+        if self._failure is not None:
+            connection.close()
         while self._gates:
             self._gates.popleft().callback(connection)
 
@@ -360,9 +363,7 @@ class TaskClient:
             raise ValueError("pool must be at least 1, and connect_timeout above 0")
         self._reactor = reactor
         self._name = endpoint if isinstance(endpoint, str) else "the daemon"
-        self._endpoint: IStreamClientEndpoint = (
-            clientFromString(reactor, endpoint) if isinstance(endpoint, str) else endpoint
-        )
+        self._endpoint = _endpoint_of(reactor, endpoint)
         self._pool = pool
         self._connect_timeout = connect_timeout
         self._jitter = jitter
@@ -454,11 +455,10 @@ class TaskClient:
             return fail(request.failure)
         if self._is_closed:
             return fail(ClientClosed("the client is closed"))
-        best = min(self._connections, key=lambda connection: connection.in_flight, default=None)
+        best = self._least_busy()
         if best is None or best.in_flight:
             self._open_if_allowed()
-            # It may stand already: nothing says that connecting takes time.
-            best = min(self._connections, key=lambda c: c.in_flight, default=None)
+            best = self._least_busy()  # it may stand already
         if best is not None:
             return self._outstanding.add(request.send(best))
         called = request.wait_in(self._gates)
@@ -507,13 +507,22 @@ class TaskClient:
         if not connection.connected:
             return  # lost again within the same breath
         self._connections.append(connection)
-        # Others are on their way: leave them their share of what waits.
-        for _ in range(math.ceil(len(self._gates) / (len(self._attempts) + 1))):
-            self._gates.popleft().callback(connection)
+        self._open_gates()
 
     def _not_connected(self, reason: Failure) -> None:
         self._last_failure = reason.getErrorMessage()
         self._wait_before_the_next()
+        self._open_gates()
+
+    def _open_gates(self) -> None:
+        """Send what waits, but leave the connections on their way their share."""
+        share = math.ceil(len(self._gates) / (len(self._attempts) + 1))
+        while share and self._gates and (best := self._least_busy()) is not None:
+            share -= 1
+            self._gates.popleft().callback(best)
+
+    def _least_busy(self) -> TaskClientProtocol | None:
+        return min(self._connections, key=lambda c: c.in_flight, default=None)
 
     def _lost(self, connection: TaskClientProtocol) -> None:
         if connection in self._connections:
@@ -613,7 +622,7 @@ class _Request:
         self._on_progress = on_progress
         self._began = reactor.seconds()
         self.failure: Exception | None = None
-        if timeout is not None and not 0 < timeout < 1e9:
+        if timeout is not None and not (type(timeout) in (int, float) and 0 < timeout < 1e9):
             self.failure = ValueError(f"timeout must be seconds above 0, not {timeout!r}")
 
     def send(self, connection: TaskClientProtocol) -> Deferred[Any]:
@@ -681,6 +690,16 @@ def _call(
     if args and keywords:
         return fail(BadArguments(f"{function}: give all arguments by position or all by keyword"))
     return call_with(function, keywords or args, timeout=timeout, on_progress=on_progress)
+
+
+def _endpoint_of(reactor: Any, endpoint: str | IStreamClientEndpoint) -> IStreamClientEndpoint:
+    if not isinstance(endpoint, str):
+        return endpoint
+    try:
+        made: IStreamClientEndpoint = clientFromString(reactor, endpoint)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{endpoint!r} describes no endpoint: {error}") from None
+    return made
 
 
 def _nothing(_: object) -> None:

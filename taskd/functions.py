@@ -119,10 +119,10 @@ def task(
 
     if name is not None:
         _check_name(name)
-    if blocking not in (None, True, False):
+    if blocking is not None and type(blocking) is not bool:
         raise SettingsError(f"@task: blocking must be True, False or None, not {blocking!r}")
     if timeout is not None and not (
-        isinstance(timeout, (int, float)) and timeout > 0 and math.isfinite(timeout)
+        type(timeout) in (int, float) and timeout > 0 and math.isfinite(timeout)
     ):
         raise SettingsError(f"@task: timeout must be seconds above 0, not {timeout!r}")
     return mark if function is None else mark(function)
@@ -217,9 +217,11 @@ class Function:
         # them goes the slow way through inspect, which finds the words.
         self._needs = needed
         self._accepts: set[str] | None = {p.name for p in by_keyword}
-        if any(p.kind is p.POSITIONAL_ONLY and p.name in needed for p in parameters):
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        by_position_only = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        if by_position_only and (takes_any or needed & {p.name for p in by_position_only}):
             self._accepts = set()
-        elif any(p.kind is p.VAR_KEYWORD for p in parameters):
+        elif takes_any:
             self._accepts = None
         self._fewest = sum(p.name in needed for p in by_position)
         self._most = (

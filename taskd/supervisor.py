@@ -61,8 +61,9 @@ def bind(interface: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             interface, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
-        raise StartFailed(f"--interface {interface}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise StartFailed(f"--interface {interface}: {why}") from None
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,11 +73,12 @@ def bind(interface: str, port: int) -> socket.socket:
         listening.listen(_BACKLOG)
     except OSError as error:
         listening.close()
-        why = {
+        reasons = {
             errno.EADDRINUSE: "another process listens there",
             errno.EACCES: "not allowed; ports below 1024 need a privilege",
             errno.EADDRNOTAVAIL: "this machine has no such address",
-        }.get(error.errno or 0, error.strerror)
+        }
+        why = reasons.get(error.errno or 0, error.strerror)
         raise StartFailed(f"cannot listen on {interface} port {port}: {why}") from None
     listening.setblocking(False)
     return listening
