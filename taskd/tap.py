@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Final
 
 from twisted.application.service import IService
+from twisted.logger import Logger
 from twisted.python import usage
 
 from taskd import __version__
@@ -31,7 +32,7 @@ _SMTP_LOGIN_VARIABLE: Final = "TASKD_SMTP_LOGIN"
 class Options(usage.Options):
     """What ``twistd taskd`` can be told."""
 
-    synopsis = "twistd [twistd's options] taskd [options]"
+    synopsis = "[options]"
     longdesc = (
         "A pool of worker processes that share one port and run tasks. A task is asked for by "
         'one line of JSON, such as {"function": "echo", "args": ["hello"]}, and answered by one.'
@@ -59,11 +60,7 @@ class Options(usage.Options):
         self["tasks"] = []
 
     def opt_tasks(self, modules: str) -> None:
-        """
-        Run the tasks of a module, named with dots or by the path of its .py file.
-
-        May be given several times. [default: tasks.py in the working directory]
-        """
+        """Run the tasks of a module (dotted name, or path of a .py file); repeatable."""
         self["tasks"].extend(name.strip() for name in modules.split(",") if name.strip())
 
     def opt_version(self) -> None:
@@ -181,9 +178,12 @@ def _one_line_for_failed_starts(previous: _Hook) -> _Hook:
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, StartFailed):
-            print(f"twistd taskd: {error}", file=sys.__stderr__)
-        else:
+        if not isinstance(error, StartFailed):
             previous(kind, error, trace)
+            return
+        print(f"twistd taskd: {error}", file=sys.__stderr__)
+        if os.path.samestat(os.fstat(2), os.stat(os.devnull)):
+            # A daemon has no terminal any more, and twistd says to look at the log.
+            Logger(namespace="taskd").critical("cannot start: {why}", why=error)
 
     return hook
