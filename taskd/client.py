@@ -240,7 +240,46 @@ class _Pending:
         self.timer: IDelayedCall | None = None
 
 
-class TaskClientFactory(ClientFactory):
+class _Caller:
+    """The short form of a call, for whoever has the long one."""
+
+    call_with: Callable[..., Deferred[Any]]
+
+    def call(
+        self,
+        function: str,
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        on_progress: OnProgress | None = None,
+        **keywords: Any,
+    ) -> Deferred[Any]:
+        """
+        Ask for a task: ``client.call("send_mail", to="…", subject="…", timeout=10)``.
+
+        Args:
+            function: The task's name.
+            args: Its positional arguments; or
+            timeout: As in ``call_with``. A task that has a parameter of this
+                name, or of the next one's, is called by ``call_with``.
+            on_progress: As in ``call_with``.
+            keywords: its keyword arguments.
+
+        Returns:
+            As ``call_with``.
+
+        Raises:
+            BadArguments: Both positional and keyword arguments are given.
+            TaskdError: As ``call_with``.
+        """
+        if args and keywords:
+            return fail(
+                BadArguments(f"{function}: give all arguments by position or all by keyword")
+            )
+        return self.call_with(function, keywords or args, timeout=timeout, on_progress=on_progress)
+
+
+class TaskClientFactory(ClientFactory, _Caller):
     """
     One connection and its calls, for ``reactor.connectTCP`` and for endpoints.
 
@@ -261,18 +300,6 @@ class TaskClientFactory(ClientFactory):
         self._failure: Exception | None = None
         self._gates: deque[_Gate] = deque()
         self._outstanding = _Outstanding()
-
-    def call(
-        self,
-        function: str,
-        /,
-        *args: Any,
-        timeout: float | None = None,
-        on_progress: OnProgress | None = None,
-        **keywords: Any,
-    ) -> Deferred[Any]:
-        """Ask for a task, as ``TaskClient.call`` does."""
-        return _call(self.call_with, function, args, keywords, timeout, on_progress)
 
     def call_with(
         self,
@@ -326,7 +353,7 @@ class TaskClientFactory(ClientFactory):
             self._gates.popleft().errback(self._failure)
 
 
-class TaskClient:
+class TaskClient(_Caller):
     """
     Calls to one daemon, over a few connections that are kept.
 
@@ -375,35 +402,6 @@ class TaskClient:
         self._back_off: IDelayedCall | None = None
         self._is_closed = False
         self._outstanding = _Outstanding()
-
-    def call(
-        self,
-        function: str,
-        /,
-        *args: Any,
-        timeout: float | None = None,
-        on_progress: OnProgress | None = None,
-        **keywords: Any,
-    ) -> Deferred[Any]:
-        """
-        Ask for a task: ``client.call("send_mail", to="…", subject="…", timeout=10)``.
-
-        Args:
-            function: The task's name.
-            args: Its positional arguments; or
-            timeout: As in ``call_with``. A task that has a parameter of this
-                name, or of the next one's, is called by ``call_with``.
-            on_progress: As in ``call_with``.
-            keywords: its keyword arguments.
-
-        Returns:
-            As ``call_with``.
-
-        Raises:
-            BadArguments: Both positional and keyword arguments are given.
-            TaskdError: As ``call_with``.
-        """
-        return _call(self.call_with, function, args, keywords, timeout, on_progress)
 
     def call_with(
         self,
@@ -677,19 +675,6 @@ class _Outstanding:
         waiter: Deferred[None] = Deferred()
         self._waiting.append(waiter)
         return waiter
-
-
-def _call(
-    call_with: Callable[..., Deferred[Any]],
-    function: str,
-    args: tuple[Any, ...],
-    keywords: dict[str, Any],
-    timeout: float | None,
-    on_progress: OnProgress | None,
-) -> Deferred[Any]:
-    if args and keywords:
-        return fail(BadArguments(f"{function}: give all arguments by position or all by keyword"))
-    return call_with(function, keywords or args, timeout=timeout, on_progress=on_progress)
 
 
 def _endpoint_of(reactor: Any, endpoint: str | IStreamClientEndpoint) -> IStreamClientEndpoint:
