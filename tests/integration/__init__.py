@@ -1,0 +1,1 @@
+"""Tests of the whole daemon: a real twistd, real workers, real sockets."""

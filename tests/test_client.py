@@ -1,0 +1,1045 @@
+"""The caller's side: one connection, a pool of them, and one call."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectError, ConnectionAborted
+from twisted.internet.error import ConnectionLost as TwistedConnectionLost
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from taskd import errors
+from taskd.client import TaskClient, TaskClientFactory, TaskClientProtocol, call_once
+from taskd.errors import (
+    BadArguments,
+    Cancelled,
+    ClientClosed,
+    ConnectFailed,
+    ConnectionLost,
+    InternalError,
+    Malformed,
+    Overloaded,
+    TaskFailed,
+    TimeLimitExceeded,
+    UnknownFunction,
+    WorkerLost,
+)
+from taskd.functions import progress, task
+from tests.support import (
+    Loop,
+    MemoryDaemon,
+    MemoryEndpoint,
+    ScriptedDaemon,
+    ScriptedEndpoint,
+)
+
+_HALF = 0.5
+"""What the dice show, always: so the delays are 0.05 s, 0.1 s, 0.2 s and so on."""
+
+_DEAD = ConnectError(string="nobody listens there")
+
+
+class ClientTestCase(SynchronousTestCase):
+    pool = 1
+    connect_timeout = 10.0
+
+    def setUp(self) -> None:
+        self.loop = Loop()
+        self.endpoint = ScriptedEndpoint()
+        self.client = TaskClient(
+            self.loop,
+            self.endpoint,
+            pool=self.pool,
+            connect_timeout=self.connect_timeout,
+            jitter=lambda: _HALF,
+        )
+
+    def connected(self) -> ScriptedDaemon:
+        """Have a connection made by a first call, which is answered."""
+        called = self.client.call("ping")
+        daemon = self.endpoint.accept()
+        daemon.send(id=daemon.requests[0]["id"], result="pong")
+        self.assertEqual(self.successResultOf(called), "pong")
+        return daemon
+
+    def assertNothingIsLeft(self) -> None:
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+        self.assertEqual(self.endpoint.open_attempts, [])
+
+
+class RequestTests(ClientTestCase):
+    def request(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        """Make a call, and give what is asked for it without its id."""
+        daemon = self.connected()
+        self.client.call(*args, **keywords).addErrback(lambda _: None)
+        request = daemon.requests[-1]
+        self.assertIsInstance(request.pop("id"), int)
+        return request
+
+    def test_positional_arguments(self) -> None:
+        """Positional arguments are sent as an array."""
+        self.assertEqual(self.request("f", 1, "é"), {"function": "f", "args": [1, "é"]})
+
+    def test_keyword_arguments(self) -> None:
+        """Keyword arguments are sent as an object."""
+        self.assertEqual(self.request("f", to="x"), {"function": "f", "args": {"to": "x"}})
+
+    def test_no_arguments(self) -> None:
+        """A call without arguments sends an empty array."""
+        self.assertEqual(self.request("f"), {"function": "f", "args": []})
+
+    def test_a_limit_and_progress(self) -> None:
+        """The time limit and the wish for progress are sent if they are given."""
+        request = self.request("f", timeout=5, on_progress=lambda *_: None)
+        expected = {"function": "f", "args": [], "timeout": 5, "progress": True}
+        self.assertEqual(request, expected)
+
+    def test_arguments_that_have_an_options_name(self) -> None:
+        """A task that has a parameter named as an option is called by ``call_with``."""
+        daemon = self.connected()
+        self.client.call_with("f", {"timeout": 3, "function": 4})
+        self.assertEqual(daemon.requests[-1]["args"], {"timeout": 3, "function": 4})
+        self.assertNotIn("timeout", daemon.requests[-1])
+
+    def test_both_kinds_of_arguments(self) -> None:
+        """Positional and keyword arguments together are refused here."""
+        self.failureResultOf(self.client.call("f", 1, a=2), BadArguments)
+
+    def test_every_call_has_its_own_id(self) -> None:
+        """No two requests on a connection have the same id."""
+        daemon = self.connected()
+        for _ in range(20):
+            self.client.call("f")
+        self.assertEqual(len({request["id"] for request in daemon.requests}), 21)
+
+
+class ReplyTests(ClientTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.daemon = self.connected()
+
+    def call(self, *args: Any, **keywords: Any) -> tuple[Deferred[Any], int]:
+        """Make a call; give its Deferred and its id."""
+        called = self.client.call(*args, **keywords)
+        return called, self.daemon.requests[-1]["id"]
+
+    def test_results(self) -> None:
+        """A call fires with its result, whatever JSON value that is."""
+        for value in (None, False, 0, "", [], {}, {"error": {"code": 1}}, [1, {"a": "é"}]):
+            called, number = self.call("f")
+            self.daemon.send(id=number, result=value)
+            self.assertEqual(self.successResultOf(called), value)
+
+    def test_replies_in_any_order(self) -> None:
+        """Replies find their calls in whatever order they come."""
+        calls = [self.call("f", number) for number in range(10)]
+        for place in (3, 9, 0, 1, 8, 2, 7, 4, 6, 5):
+            self.daemon.send(id=calls[place][1], result=place)
+        for place, (called, _) in enumerate(calls):
+            self.assertEqual(self.successResultOf(called), place)
+
+    def test_errors_of_the_daemon(self) -> None:
+        """Every code on the wire fails the call with the exception of that code."""
+        kinds = [
+            kind
+            for kind in vars(errors).values()
+            if isinstance(kind, type) and hasattr(kind, "code") and kind is not ConnectionLost
+        ]
+        self.assertEqual(len(kinds), 12)
+        for kind in kinds:
+            called, number = self.call("f")
+            error = {"code": kind.code, "message": "because", "retryable": kind.retryable}
+            self.daemon.send(id=number, error=error)
+            failure = self.failureResultOf(called, kind)
+            self.assertIs(type(failure.value), kind)
+            self.assertEqual(failure.value.message, "because")
+
+    def failed(self, **error: Any) -> Any:
+        """Make a call that fails with an error object; give the exception."""
+        called, number = self.call("f")
+        self.daemon.send(id=number, error={"message": "because", **error})
+        return self.failureResultOf(called).value
+
+    def test_details_of_errors(self) -> None:
+        """What an error tells besides its code is told to the caller."""
+        failed = self.failed(code="task-failed", type="ValueError", traceback="line 1")
+        self.assertEqual((failed.type, failed.traceback), ("ValueError", "line 1"))
+        self.assertEqual(self.failed(code="overloaded", retry_after=1.5).retry_after, 1.5)
+        self.assertTrue(self.failed(code="worker-lost").may_have_started)
+        lost = self.failed(code="worker-lost", may_have_started=False)
+        self.assertFalse(lost.may_have_started)
+
+    def test_an_unknown_code(self) -> None:
+        """A code of a later version is an internal error that names it."""
+        failed = self.failed(code="moon-phase")
+        self.assertIsInstance(failed, InternalError)
+        self.assertEqual(failed.message, "moon-phase: because")
+
+    def test_unknown_ids_are_dropped(self) -> None:
+        """A reply that no call waits for is dropped, even if its id looks like one."""
+        called, number = self.call("f")
+        for id_ in (number + 100, str(number), float(number), [number], None, True, "x"):
+            self.daemon.send(id=id_, result="wrong")
+            self.daemon.send(id=id_, progress={"done": 1})
+        self.assertNoResult(called)
+        self.daemon.send(id=number, result="right")
+        self.daemon.send(id=number, result="again")
+        self.assertEqual(self.successResultOf(called), "right")
+
+    def test_progress(self) -> None:
+        """What a task reports is told while the call goes on, with what is not told left open."""
+        told: list[Any] = []
+        called, number = self.call("f", on_progress=lambda *report: told.append(report))
+        self.daemon.send(id=number, progress={"done": 1, "total": 4, "message": "first"})
+        self.daemon.send(id=number, progress={"done": 2.5})
+        self.assertNoResult(called)
+        self.daemon.send(id=number, result=None)
+        self.daemon.send(id=number, progress={"done": 4})
+        self.assertEqual(told, [(1, 4, "first"), (2.5, None, None)])
+
+    def test_a_callback_for_progress_that_fails(self) -> None:
+        """What a progress callback raises is logged, and the call goes on."""
+        called, number = self.call("f", on_progress=lambda *_: 1 / 0)
+        self.daemon.send(id=number, progress={"done": 1})
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.daemon.send(id=number, result="done")
+        self.assertEqual(self.successResultOf(called), "done")
+
+    def test_progress_that_nobody_asked_for(self) -> None:
+        """Progress that nobody asked for is dropped."""
+        called, number = self.call("f")
+        self.daemon.send(id=number, progress={"done": 1})
+        self.daemon.send(id=number, result="done")
+        self.assertEqual(self.successResultOf(called), "done")
+
+    def test_however_the_bytes_come(self) -> None:
+        """Replies are taken alike wherever the network cuts them."""
+        length = 0
+        for cut in range(200):
+            first, second = self.call("f"), self.call("f")
+            replies = b"".join(
+                json.dumps({"id": number, "result": "é"}, ensure_ascii=False).encode() + b"\r\n"
+                for _, number in (first, second)
+            )
+            length = max(length, len(replies))
+            self.daemon.client.dataReceived(replies[:cut])
+            self.daemon.client.dataReceived(replies[cut:])
+            self.assertEqual(self.successResultOf(first[0]), "é")
+            self.assertEqual(self.successResultOf(second[0]), "é")
+        self.assertLess(length, 200)
+
+
+class LossTests(ClientTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.daemon = self.connected()
+
+    def test_calls_in_flight(self) -> None:
+        """When the connection is lost every call in flight fails; each may have been started."""
+        calls = [self.client.call("f") for _ in range(3)]
+        self.daemon.hang_up()
+        for called in calls:
+            failure = self.failureResultOf(called, ConnectionLost)
+            self.assertTrue(failure.value.may_have_started)
+            self.assertTrue(failure.value.retryable)
+
+    def test_it_is_a_lost_worker(self) -> None:
+        """Who catches lost workers catches lost connections too."""
+        called = self.client.call("f")
+        self.daemon.hang_up(TwistedConnectionLost())
+        self.failureResultOf(called, WorkerLost)
+
+    def test_a_failed_handshake(self) -> None:
+        """What was sent on a connection whose handshake failed was certainly not started."""
+        called = self.client.call("f")
+        self.daemon.hang_up(ValueError("bad certificate"))
+        self.assertFalse(self.failureResultOf(called, ConnectionLost).value.may_have_started)
+
+    def test_an_error_for_the_whole_connection(self) -> None:
+        """An error without an id is the oldest unanswered call's; those behind it never began."""
+        before, culprit, behind = (self.client.call("f") for _ in range(3))
+        numbers = [request["id"] for request in self.daemon.requests[1:]]
+        self.daemon.send(error={"code": "line-too-long", "message": "1 MiB at most"})
+        self.daemon.send(id=numbers[0], result="answered")
+        self.daemon.hang_up()
+        self.assertEqual(self.successResultOf(before), "answered")
+        self.failureResultOf(culprit, errors.LineTooLong)
+        failure = self.failureResultOf(behind, ConnectionLost)
+        self.assertFalse(failure.value.may_have_started)
+        self.assertIn("1 MiB at most", failure.value.message)
+
+    def test_a_reply_without_an_end(self) -> None:
+        """A reply that is longer than any may be ends the connection, and the calls on it."""
+        called = self.client.call("f")
+        self.daemon.client.MAX_LENGTH = 1000
+        self.daemon.client.dataReceived(b"x" * 1001)
+        self.assertTrue(self.daemon.transport.disconnected)
+        self.daemon.hang_up(ConnectionAborted())
+        self.failureResultOf(called, Malformed)
+
+    def test_timers_go_with_the_calls(self) -> None:
+        """The time limits of lost calls are no longer kept."""
+        called = self.client.call("f", timeout=5)
+        self.daemon.hang_up()
+        self.failureResultOf(called, ConnectionLost)
+        self.assertNothingIsLeft()
+
+    def test_the_next_call_connects_again(self) -> None:
+        """A call after a loss is sent on a new connection."""
+        self.daemon.hang_up()
+        called = self.client.call("f")
+        daemon = self.endpoint.accept()
+        daemon.send(id=daemon.requests[0]["id"], result="again")
+        self.assertEqual(self.successResultOf(called), "again")
+
+    def test_a_retry_from_the_errback(self) -> None:
+        """A call that is made again the moment it failed is sent on a new connection."""
+        called = self.client.call("f").addErrback(lambda _: self.client.call("f"))
+        self.daemon.hang_up()
+        self.assertNoResult(called)
+        daemon = self.endpoint.accept()
+        daemon.send(id=daemon.requests[0]["id"], result="again")
+        self.assertEqual(self.successResultOf(called), "again")
+
+
+class RubbishTests(ClientTestCase):
+    def answer_by(self, rubbish: bytes) -> None:
+        """Answer a call by what is no reply, and see the connection end."""
+        daemon = self.connected()
+        called = self.client.call("f")
+        daemon.client.dataReceived(rubbish + b"\n")
+        self.assertTrue(daemon.transport.disconnected, rubbish)
+        daemon.hang_up(ConnectionAborted())
+        self.failureResultOf(called, Malformed)
+
+    def test_what_is_no_reply(self) -> None:
+        """A line that is no reply ends the connection, and the calls on it."""
+        for rubbish in (
+            b"HTTP/1.1 400 Bad Request",
+            b"[]",
+            b"{}",
+            b"\xff",
+            b'{"id":1,"result":1,"error":{}}',
+            b'{"id":1,"error":"no"}',
+            b'{"id":1,"progress":[]}',
+        ):
+            self.answer_by(rubbish)
+
+    def test_a_result_without_an_id(self) -> None:
+        """A result or progress without an id, which nobody has asked for, ends it as well."""
+        for rubbish in (b'{"result":1}', b'{"progress":{}}'):
+            self.answer_by(rubbish)
+
+
+class TimeoutTests(ClientTestCase):
+    def test_the_daemons_answer_comes_first(self) -> None:
+        """The daemon's own time-limit answer, which says more, is waited for a moment."""
+        daemon = self.connected()
+        called = self.client.call("f", timeout=5)
+        self.loop.advance(5)
+        self.assertNoResult(called)
+        error = {"code": "time-limit", "message": "stood in line 7", "retryable": False}
+        daemon.send(id=daemon.requests[-1]["id"], error=error)
+        failure = self.failureResultOf(called, TimeLimitExceeded)
+        self.assertEqual(failure.value.message, "stood in line 7")
+        self.assertNothingIsLeft()
+
+    def test_a_daemon_that_does_not_answer(self) -> None:
+        """A call ends soon after its limit even if the daemon says nothing, and is taken back."""
+        daemon = self.connected()
+        called = self.client.call("f", timeout=5)
+        number = daemon.requests[-1]["id"]
+        self.loop.advance(6)
+        self.failureResultOf(called, TimeLimitExceeded)
+        self.assertEqual(daemon.requests[-1]["function"], "taskd.cancel")
+        self.assertEqual(daemon.requests[-1]["args"], {"id": number})
+        self.assertNothingIsLeft()
+
+    def test_a_late_answer(self) -> None:
+        """An answer that comes after the call has ended is dropped, and so is the cancel's."""
+        daemon = self.connected()
+        called = self.client.call("f", timeout=5)
+        number = daemon.requests[-1]["id"]
+        self.loop.advance(6)
+        self.failureResultOf(called, TimeLimitExceeded)
+        daemon.send(id=number, result="late")
+        daemon.send(id=daemon.requests[-1]["id"], result=True)
+        self.assertFalse(daemon.transport.disconnected)
+
+    def test_an_answer_in_time(self) -> None:
+        """A call that was answered in time leaves no timer behind."""
+        daemon = self.connected()
+        called = self.client.call("f", timeout=5)
+        daemon.send(id=daemon.requests[-1]["id"], result="in time")
+        self.assertEqual(self.successResultOf(called), "in time")
+        self.assertNothingIsLeft()
+
+    def test_the_wait_for_a_connection_counts(self) -> None:
+        """The daemon is given what the wait for a connection has left of the limit."""
+        self.client.call("f", timeout=5)
+        self.loop.advance(3)
+        daemon = self.endpoint.accept()
+        self.assertAlmostEqual(daemon.requests[0]["timeout"], 2)
+
+    def test_no_connection_in_time(self) -> None:
+        """A call whose limit passes while it waits for a connection is never sent."""
+        called = self.client.call("f", timeout=5)
+        self.loop.advance(5)
+        self.failureResultOf(called, TimeLimitExceeded)
+        self.assertEqual(self.endpoint.accept().requests, [])
+        self.assertNothingIsLeft()
+
+
+class CancelTests(ClientTestCase):
+    def test_cancelling_tells_the_daemon(self) -> None:
+        """Cancelling a call that was sent has the daemon cancel it."""
+        daemon = self.connected()
+        called = self.client.call("f", timeout=5)
+        number = daemon.requests[-1]["id"]
+        called.cancel()
+        self.failureResultOf(called, CancelledError)
+        request = daemon.requests[-1]
+        self.assertEqual((request["function"], request["args"]), ("taskd.cancel", {"id": number}))
+        self.assertNothingIsLeft()
+
+    def test_what_is_still_answered(self) -> None:
+        """Whatever is still answered to a cancelled call is dropped."""
+        daemon = self.connected()
+        told: list[Any] = []
+        called = self.client.call("f", on_progress=lambda *report: told.append(report))
+        number = daemon.requests[-1]["id"]
+        called.cancel()
+        self.failureResultOf(called, CancelledError)
+        daemon.send(id=number, progress={"done": 1})
+        daemon.send(id=number, error={"code": "cancelled", "message": ""})
+        daemon.send(id=daemon.requests[-1]["id"], result=True)
+        self.assertEqual(told, [])
+        self.assertFalse(daemon.transport.disconnected)
+
+    def test_cancelled_before_it_was_sent(self) -> None:
+        """A call that is cancelled while it waits for a connection is never sent."""
+        called, other = self.client.call("f", timeout=5), self.client.call("g")
+        called.cancel()
+        self.failureResultOf(called, CancelledError)
+        daemon = self.endpoint.accept()
+        self.assertEqual([request["function"] for request in daemon.requests], ["g"])
+        daemon.send(id=daemon.requests[0]["id"], result="done")
+        self.assertEqual(self.successResultOf(other), "done")
+        self.assertNothingIsLeft()
+
+    def test_cancelled_after_it_had_waited(self) -> None:
+        """A call that had to wait for its connection is cancelled like any other."""
+        called = self.client.call("f")
+        daemon = self.endpoint.accept()
+        called.cancel()
+        self.failureResultOf(called, CancelledError)
+        self.assertEqual(daemon.requests[-1]["function"], "taskd.cancel")
+
+    def test_cancelled_by_somebody_else(self) -> None:
+        """A call that was cancelled by its id on the daemon fails as cancelled."""
+        daemon = self.connected()
+        called = self.client.call("f")
+        daemon.send(id=daemon.requests[-1]["id"], error={"code": "cancelled", "message": ""})
+        self.failureResultOf(called, Cancelled)
+
+
+class PoolTests(ClientTestCase):
+    pool = 3
+
+    def test_it_connects_when_needed(self) -> None:
+        """No connection is made before there is a call."""
+        self.assertEqual(self.endpoint.attempts, [])
+        self.client.call("f")
+        self.assertEqual(len(self.endpoint.attempts), 1)
+
+    def test_an_idle_connection_is_used(self) -> None:
+        """Calls one after the other share one connection."""
+        daemon = self.connected()
+        for _ in range(5):
+            called = self.client.call("f")
+            daemon.send(id=daemon.requests[-1]["id"], result=None)
+            self.successResultOf(called)
+        self.assertEqual(len(self.endpoint.attempts), 1)
+
+    def test_it_grows_to_its_limit(self) -> None:
+        """A call that finds every connection busy opens one more, up to the limit."""
+        daemons = [self.connected()]
+        self.client.call("f")
+        for size in (2, 3):
+            self.client.call("f")
+            self.assertEqual(len(self.endpoint.attempts), size)
+            daemons.append(self.endpoint.accept())
+            self.client.call("f")
+        for _ in range(5):
+            self.client.call("f")
+        self.assertEqual(len(self.endpoint.attempts), 3)
+
+    def test_it_does_not_wait_for_a_second_connection(self) -> None:
+        """While a second connection is made, calls go out on the first."""
+        daemon = self.connected()
+        self.client.call("f")
+        self.client.call("g")
+        self.assertEqual([request["function"] for request in daemon.requests[1:]], ["f", "g"])
+
+    def test_the_least_busy_is_taken(self) -> None:
+        """A call takes the connection with the fewest calls in flight."""
+        first = self.connected()
+        for _ in range(2):
+            self.client.call("f")
+        second = self.endpoint.accept()
+        self.assertEqual((first.client.in_flight, second.client.in_flight), (2, 0))
+        for expected in ((2, 1), (2, 2)):
+            self.client.call("f")
+            self.assertEqual((first.client.in_flight, second.client.in_flight), expected)
+        first.send(id=first.requests[-1]["id"], result=None)
+        self.client.call("f")
+        self.assertEqual((first.client.in_flight, second.client.in_flight), (2, 2))
+
+    def test_attempts_share_what_waits(self) -> None:
+        """The calls that wait are shared among the attempts, in their order."""
+        for number in range(7):
+            self.client.call("f", number)
+        self.assertEqual(len(self.endpoint.attempts), 3)
+        shares = [
+            [request["args"][0] for request in self.endpoint.accept(number).requests]
+            for number in (1, 0, 2)
+        ]
+        self.assertEqual(shares, [[0, 1, 2], [3, 4], [5, 6]])
+
+    def test_the_share_of_a_failed_attempt(self) -> None:
+        """A call is not kept waiting for a second connection while the first one is idle."""
+        first, second = self.client.call("f"), self.client.call("g")
+        daemon = self.endpoint.accept(0)
+        daemon.send(id=daemon.requests[0]["id"], result="first")
+        self.assertEqual(self.successResultOf(first), "first")
+        self.endpoint.refuse(_DEAD, 1)
+        self.assertEqual([request["function"] for request in daemon.requests], ["f", "g"])
+        daemon.send(id=daemon.requests[1]["id"], result="second")
+        self.assertEqual(self.successResultOf(second), "second")
+
+    def test_a_lost_connection_makes_room(self) -> None:
+        """A lost connection is no longer chosen, and another may take its place."""
+        first = self.connected()
+        self.client.call("f")
+        self.client.call("f")
+        second = self.endpoint.accept()
+        second.send(error={"code": "internal", "message": "hello"})
+        second.hang_up()
+        self.client.call("f")
+        self.assertEqual(len(self.endpoint.attempts), 3)
+        self.assertEqual(len(first.requests), 4)
+
+
+class ConnectTests(ClientTestCase):
+    connect_timeout = 1000.0
+
+    def test_no_connection_in_time(self) -> None:
+        """A call fails when no connection was made in time, and the failure tells why."""
+        self.client = TaskClient(self.loop, self.endpoint, connect_timeout=3, jitter=lambda: _HALF)
+        called = self.client.call("f")
+        self.endpoint.refuse(_DEAD)
+        self.loop.advance(2.9)
+        self.assertNoResult(called)
+        self.loop.advance(0.1)
+        failure = self.failureResultOf(called, ConnectFailed)
+        self.assertIn("nobody listens there", str(failure.value))
+
+    def test_an_attempt_that_hangs(self) -> None:
+        """A call does not wait longer for an attempt that hangs."""
+        called = self.client.call("f")
+        self.loop.advance(1000)
+        self.failureResultOf(called, ConnectFailed)
+        self.assertEqual(self.endpoint.accept().requests, [])
+
+    def test_the_delay_grows(self) -> None:
+        """Attempts that fail are repeated after a delay that doubles up to a limit."""
+        called = self.client.call("f")
+        for delay in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.5, 2.5):
+            attempts = len(self.endpoint.attempts)
+            self.endpoint.refuse(_DEAD)
+            self.loop.advance(delay - 0.01)
+            self.assertEqual(len(self.endpoint.attempts), attempts, delay)
+            self.loop.advance(0.02)
+            self.assertEqual(len(self.endpoint.attempts), attempts + 1, delay)
+        self.assertNoResult(called)
+        self.assertEqual(len(self.endpoint.accept().requests), 1)
+
+    def test_an_answer_ends_the_growth(self) -> None:
+        """Once the daemon has answered, the delay begins anew."""
+        self.client.call("f")
+        for _ in range(4):
+            self.endpoint.refuse(_DEAD)
+            self.loop.advance(3)
+        daemon = self.endpoint.accept()
+        daemon.send(id=daemon.requests[0]["id"], result=None)
+        daemon.hang_up()
+        self.client.call("f")
+        attempts = len(self.endpoint.attempts)
+        self.endpoint.refuse(_DEAD)
+        self.loop.advance(0.06)
+        self.assertEqual(len(self.endpoint.attempts), attempts + 1)
+
+    def test_a_daemon_that_hangs_up_at_once(self) -> None:
+        """A daemon that accepts and hangs up without an answer is as one that is not there."""
+        called = self.client.call("f")
+        self.endpoint.accept().hang_up()
+        self.failureResultOf(called, ConnectionLost)
+        again = self.client.call("f")
+        self.assertEqual(len(self.endpoint.attempts), 1)
+        self.loop.advance(0.06)
+        self.assertEqual(len(self.endpoint.attempts), 2)
+        self.endpoint.accept().hang_up()
+        self.failureResultOf(again, ConnectionLost)
+        self.client.call("f")
+        self.loop.advance(0.06)
+        self.assertEqual(len(self.endpoint.attempts), 2)
+        self.loop.advance(0.05)
+        self.assertEqual(len(self.endpoint.attempts), 3)
+
+    def test_nothing_is_tried_for_nobody(self) -> None:
+        """A client that nobody asks makes no attempts."""
+        self.client.call("f").addErrback(lambda _: None).cancel()
+        self.endpoint.refuse(_DEAD)
+        self.loop.advance(100)
+        self.assertEqual(len(self.endpoint.attempts), 1)
+        self.assertNothingIsLeft()
+
+    def test_calls_that_wait_go_out_in_order(self) -> None:
+        """What waits for the daemon's return is sent, in its order, when it is there."""
+        for number in range(5):
+            self.client.call("f", number)
+        self.endpoint.refuse(_DEAD)
+        self.loop.advance(1)
+        requests = self.endpoint.accept().requests
+        self.assertEqual([request["args"] for request in requests], [[n] for n in range(5)])
+
+    def test_a_call_that_fails_as_it_is_sent(self) -> None:
+        """A call that fails as it is sent may cancel those that wait behind it."""
+        bad, behind = self.client.call("f", {1, 2}), self.client.call("g")
+        bad.addErrback(lambda _: behind.cancel())
+        self.assertEqual(self.endpoint.accept().requests, [])
+        self.failureResultOf(behind, CancelledError)
+        self.successResultOf(self.endpoint.attempts[0])
+
+
+class CloseTests(ClientTestCase):
+    pool = 2
+
+    def test_nothing_to_close(self) -> None:
+        """A client that was never used is closed at once."""
+        self.assertIsNone(self.successResultOf(self.client.close()))
+        self.assertEqual(self.endpoint.attempts, [])
+
+    def test_calls_after_it(self) -> None:
+        """A call after closing fails, and is not sent."""
+        daemon = self.connected()
+        self.client.close()
+        self.failureResultOf(self.client.call("f"), ClientClosed)
+        self.assertEqual(len(daemon.requests), 1)
+
+    def test_it_waits_for_the_calls(self) -> None:
+        """Closing waits for the calls in flight, then for the connections."""
+        daemon = self.connected()
+        called = self.client.call("f")
+        closed = self.client.close()
+        self.assertFalse(daemon.transport.disconnecting)
+        daemon.send(id=daemon.requests[-1]["id"], result="done")
+        self.assertEqual(self.successResultOf(called), "done")
+        self.assertTrue(daemon.transport.disconnecting)
+        self.assertNoResult(closed)
+        daemon.hang_up()
+        self.assertIsNone(self.successResultOf(closed))
+        self.assertNothingIsLeft()
+
+    def test_it_waits_for_every_connection(self) -> None:
+        """Closing is over when the last connection is closed."""
+        first = self.connected()
+        calls = [self.client.call("f") for _ in range(2)]
+        second = self.endpoint.accept()
+        for called in calls:
+            called.addErrback(lambda _: None).cancel()
+        closed = self.client.close()
+        second.hang_up()
+        self.assertNoResult(closed)
+        first.hang_up()
+        self.successResultOf(closed)
+        self.assertNothingIsLeft()
+
+    def test_twice(self) -> None:
+        """Closing again fires when the first closing does."""
+        daemon = self.connected()
+        closings = [self.client.close(), self.client.close()]
+        daemon.hang_up()
+        closings.append(self.client.close())
+        for closed in closings:
+            self.assertIsNone(self.successResultOf(closed))
+        self.assertNothingIsLeft()
+
+    def test_a_daemon_that_does_not_take_part(self) -> None:
+        """A connection that the daemon does not let end is ended by force."""
+        daemon = self.connected()
+        closed = self.client.close()
+        self.loop.advance(4.9)
+        self.assertFalse(daemon.transport.disconnected)
+        self.loop.advance(0.1)
+        self.assertTrue(daemon.transport.disconnected)
+        daemon.hang_up(ConnectionAborted())
+        self.successResultOf(closed)
+        self.assertNothingIsLeft()
+
+    def test_while_it_connects(self) -> None:
+        """Closing while connections are made lets the waiting calls come to their end."""
+        called = self.client.call("f")
+        closed = self.client.close()
+        daemon = self.endpoint.accept()
+        daemon.send(id=daemon.requests[0]["id"], result="done")
+        self.assertEqual(self.successResultOf(called), "done")
+        daemon.hang_up()
+        self.successResultOf(closed)
+        self.assertNothingIsLeft()
+
+    def test_while_it_connects_for_nobody(self) -> None:
+        """Closing gives up attempts that nobody waits for any more."""
+        self.client.call("f").addErrback(lambda _: None).cancel()
+        self.assertEqual(self.endpoint.open_attempts, [0])
+        self.successResultOf(self.client.close())
+        self.assertNothingIsLeft()
+
+    def test_while_it_backs_off(self) -> None:
+        """Closing while the daemon is not there waits for the calls, and leaves nothing behind."""
+        called = self.client.call("f")
+        self.endpoint.refuse(_DEAD)
+        closed = self.client.close()
+        self.loop.advance(10)
+        self.failureResultOf(called, ConnectFailed)
+        self.successResultOf(closed)
+        self.assertNothingIsLeft()
+
+    def test_while_it_backs_off_for_nobody(self) -> None:
+        """Closing ends a delay that nobody waits for."""
+        self.client.call("f").addErrback(lambda _: None).cancel()
+        self.endpoint.refuse(_DEAD)
+        self.successResultOf(self.client.close())
+        self.assertNothingIsLeft()
+
+    def test_a_lost_connection(self) -> None:
+        """Closing a client whose calls are lost meanwhile comes to its end."""
+        daemon = self.connected()
+        called = self.client.call("f")
+        closed = self.client.close()
+        daemon.hang_up()
+        self.failureResultOf(called, ConnectionLost)
+        self.successResultOf(closed)
+        self.assertNothingIsLeft()
+
+
+class OddInputTests(ClientTestCase):
+    """Whatever a program hands over, it comes back as a failure, never as an exception."""
+
+    def test_a_timeout_that_cannot_be(self) -> None:
+        """A timeout that is no number of seconds above zero fails the call, and nothing is sent."""
+        daemon = self.connected()
+        for timeout in (0, -1, float("nan"), float("inf"), 1e300, "5", [], 1j, object()):
+            called = self.client.call("f", timeout=timeout)
+            self.failureResultOf(called, ValueError)
+        self.assertEqual(len(daemon.requests), 1)
+
+    def test_arguments_that_json_cannot_carry(self) -> None:
+        """Arguments that JSON cannot carry fail the call, and nothing is sent."""
+        daemon = self.connected()
+        endless: list[Any] = []
+        endless.append(endless)
+        for value in ({1}, b"x", object(), float("nan"), {1: 2}, "\ud800", endless, 10**5000):
+            for called in (self.client.call("f", value), self.client.call("f", a=value)):
+                self.failureResultOf(called, BadArguments)
+        self.assertEqual(len(daemon.requests), 1)
+        self.assertEqual(daemon.client.in_flight, 0)
+
+    def test_arguments_of_a_wrong_type(self) -> None:
+        """Arguments that are no list, tuple or dictionary raise nothing."""
+        self.connected()
+        for args in ({1, 2}, b"x", object(), iter(())):
+            self.failureResultOf(self.client.call_with("f", args), BadArguments)
+        for args in (None, 5, "text"):
+            self.assertNoResult(self.client.call_with("f", args))
+
+    def test_a_function_that_is_no_name(self) -> None:
+        """A function that is no string raises nothing."""
+        self.connected()
+        for function in (object(), b"f", {1}, "\ud800"):
+            self.failureResultOf(self.client.call(function), BadArguments)
+        for function in (None, 5, ["f"]):
+            self.assertNoResult(self.client.call(function))
+
+    def test_without_a_connection(self) -> None:
+        """What cannot be sent fails when its connection stands, and does no harm to others."""
+        bad, good = self.client.call("f", {1}), self.client.call("g")
+        daemon = self.endpoint.accept()
+        self.failureResultOf(bad, BadArguments)
+        daemon.send(id=daemon.requests[0]["id"], result="fine")
+        self.assertEqual(self.successResultOf(good), "fine")
+
+    def test_a_client_that_cannot_be(self) -> None:
+        """A client is refused an endpoint and numbers that cannot be."""
+        for keywords in ({"pool": 0}, {"connect_timeout": 0}, {"connect_timeout": -1.0}):
+            with self.assertRaises(ValueError):
+                TaskClient(self.loop, self.endpoint, **keywords)
+        for description in ("", "nonsense", "tcp:127.0.0.1", "tcp:127.0.0.1:http!", "tls:"):
+            with self.assertRaises(ValueError, msg=description):
+                TaskClient(self.loop, description)
+
+
+class FactoryTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.loop = Loop()
+        self.lost: list[TaskClientProtocol] = []
+        self.factory = TaskClientFactory(self.loop, self.lost.append)
+
+    def connect(self) -> ScriptedDaemon:
+        return ScriptedDaemon(self.factory.buildProtocol(None))
+
+    def test_calls_before_it_stands(self) -> None:
+        """Calls made before the connection stands are sent, in their order, when it does."""
+        self.factory.call("f", 1)
+        self.factory.call_with("f", {"a": 2})
+        daemon = self.connect()
+        self.factory.call("f", 3)
+        self.assertEqual([request["args"] for request in daemon.requests], [[1], {"a": 2}, [3]])
+
+    def test_no_connection(self) -> None:
+        """When no connection can be made all calls fail, early and late."""
+        early = self.factory.call("f", timeout=5)
+        self.factory.clientConnectionFailed(None, Failure(_DEAD))
+        for called in (early, self.factory.call("f")):
+            failure = self.failureResultOf(called, ConnectFailed)
+            self.assertIn("nobody listens there", str(failure.value))
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+
+    def test_no_connection_in_time(self) -> None:
+        """A call whose limit passes before the connection stands is never sent."""
+        called = self.factory.call("f", timeout=5)
+        self.loop.advance(5)
+        self.failureResultOf(called, TimeLimitExceeded)
+        self.assertEqual(self.connect().requests, [])
+
+    def test_a_lost_connection(self) -> None:
+        """Calls after a loss fail, certainly not started, and the loss is told once."""
+        daemon = self.connect()
+        called = self.factory.call("f")
+        daemon.hang_up()
+        self.assertTrue(self.failureResultOf(called, ConnectionLost).value.may_have_started)
+        later = self.failureResultOf(self.factory.call("f"), ConnectionLost)
+        self.assertFalse(later.value.may_have_started)
+        self.assertEqual(self.lost, [daemon.client])
+
+    def test_close(self) -> None:
+        """Closing waits for the calls in flight, and takes no more once it closes."""
+        daemon = self.connect()
+        called = self.factory.call("f")
+        closed = self.factory.close()
+        self.assertFalse(daemon.transport.disconnecting)
+        daemon.send(id=daemon.requests[0]["id"], result="done")
+        self.assertEqual(self.successResultOf(called), "done")
+        self.assertTrue(daemon.transport.disconnecting)
+        self.failureResultOf(self.factory.call("f"), ClientClosed)
+        daemon.hang_up()
+        self.assertIsNone(self.successResultOf(closed))
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+
+    def test_close_before_it_stands(self) -> None:
+        """A connection that comes after closing is closed, not kept."""
+        self.successResultOf(self.factory.close())
+        self.assertTrue(self.connect().transport.disconnecting)
+
+    def test_odd_input(self) -> None:
+        """What cannot be sent fails the call."""
+        self.connect()
+        self.failureResultOf(self.factory.call("f", {1}), BadArguments)
+        self.failureResultOf(self.factory.call("f", timeout=float("nan")), ValueError)
+        self.failureResultOf(self.factory.call("f", 1, a=2), BadArguments)
+
+
+class CallOnceTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.loop = Loop()
+        self.endpoint = ScriptedEndpoint()
+
+    def test_a_result(self) -> None:
+        """The result comes when the connection is closed again."""
+        called = call_once(self.loop, self.endpoint, "f", [1], timeout=5)
+        daemon = self.endpoint.accept()
+        self.assertEqual(daemon.requests[0]["args"], [1])
+        daemon.send(id=daemon.requests[0]["id"], result="once")
+        self.assertTrue(daemon.transport.disconnecting)
+        self.assertNoResult(called)
+        daemon.hang_up()
+        self.assertEqual(self.successResultOf(called), "once")
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+
+    def test_failures(self) -> None:
+        """A failure comes when the connection is closed again."""
+        called = call_once(self.loop, self.endpoint, "f")
+        daemon = self.endpoint.accept()
+        daemon.send(id=daemon.requests[0]["id"], error={"code": "overloaded", "message": ""})
+        daemon.hang_up()
+        self.failureResultOf(called, Overloaded)
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+
+    def test_no_connection(self) -> None:
+        """Without a connection in time it fails, and leaves nothing behind."""
+        called = call_once(self.loop, self.endpoint, "f")
+        self.loop.advance(10)
+        self.failureResultOf(called, ConnectFailed)
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+        self.assertEqual(self.endpoint.open_attempts, [])
+
+    def test_cancel(self) -> None:
+        """Cancelling it tells the daemon, and closes the connection."""
+        called = call_once(self.loop, self.endpoint, "f")
+        daemon = self.endpoint.accept()
+        called.cancel()
+        self.assertEqual(daemon.requests[-1]["function"], "taskd.cancel")
+        self.assertTrue(daemon.transport.disconnecting)
+        daemon.hang_up()
+        self.failureResultOf(called, CancelledError)
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+
+    def test_odd_input(self) -> None:
+        """What cannot be is a failure, not an exception."""
+        failed = call_once(self.loop, self.endpoint, "f", timeout=float("nan"))
+        self.failureResultOf(failed, ValueError)
+        self.assertEqual(self.endpoint.attempts, [])
+        for description in ("", "nonsense", "tcp:127.0.0.1", "tcp:127.0.0.1:http!", "tls:"):
+            self.failureResultOf(call_once(self.loop, description, "f"), ValueError)
+
+
+@task(blocking=False)
+def echo(value: Any = None) -> Any:
+    """Give the value back."""
+    return value
+
+
+def render(pages: int) -> str:
+    """Report each page, from a thread."""
+    for page in range(pages):
+        progress(page, pages)
+    progress(pages, pages)
+    return "rendered"
+
+
+def broken() -> None:
+    """Fail."""
+    raise ValueError("no such page")
+
+
+class RealDaemonTests(SynchronousTestCase):
+    """The client against the server's own code, joined in memory."""
+
+    def setUp(self) -> None:
+        self.late: list[Deferred[Any]] = []
+
+        @task(blocking=False)
+        def later() -> Deferred[Any]:
+            self.late.append(Deferred())
+            return self.late[-1]
+
+        self.daemon = MemoryDaemon(echo, render, broken, later, max_line_bytes=1000)
+        self.client = TaskClient(self.daemon.loop, MemoryEndpoint(self.daemon), pool=2)
+
+    def result_of(self, called: Deferred[Any]) -> Any:
+        self.daemon.flush()
+        while not called.called:
+            self.daemon.loop.run_next()
+            self.daemon.flush()
+        return self.successResultOf(called)
+
+    def failure_of(self, called: Deferred[Any], kind: type[Exception]) -> Any:
+        outcome: list[Any] = []
+        called.addErrback(outcome.append)
+        self.result_of(called)
+        self.assertIs(type(outcome[0].value), kind)
+        return outcome[0].value
+
+    def test_results(self) -> None:
+        """A value comes back as it was."""
+        for value in (None, 1.5, "é\n", [1, [2]], {"a": {"b": []}}):
+            self.assertEqual(self.result_of(self.client.call("echo", value)), value)
+
+    def test_many_calls(self) -> None:
+        """Each of many calls at once gets its own result."""
+        calls = [self.client.call("echo", number) for number in range(200)]
+        self.assertEqual([self.result_of(called) for called in calls], list(range(200)))
+
+    def test_failures(self) -> None:
+        """What goes wrong at the daemon is the exception that stands for it."""
+        failed = self.failure_of(self.client.call("broken"), TaskFailed)
+        self.assertEqual((failed.message, failed.type), ("no such page", "ValueError"))
+        self.flushLoggedErrors(ValueError)
+        self.failure_of(self.client.call("nowhere"), UnknownFunction)
+        self.failure_of(self.client.call("echo", 1, 2, 3), BadArguments)
+
+    def test_progress(self) -> None:
+        """A blocking task's reports arrive, the last one for certain, before its result."""
+        told: list[Any] = []
+        called = self.client.call("render", 5, on_progress=lambda *report: told.append(report))
+        self.assertEqual(self.result_of(called), "rendered")
+        self.assertEqual(told[-1], (5, 5, None))
+        self.assertEqual(told, sorted(told))
+
+    def test_time_limits(self) -> None:
+        """The daemon's own answer to a time limit arrives before the client gives up."""
+        called = self.client.call("later", timeout=5)
+        self.daemon.flush()
+        self.daemon.loop.advance(5)
+        failed = self.failure_of(called, TimeLimitExceeded)
+        self.assertIn("was not done within", failed.message)
+
+    def test_cancel(self) -> None:
+        """Cancelling a call cancels the task at the daemon."""
+        called = self.client.call("later")
+        self.daemon.flush()
+        called.cancel()
+        self.failureResultOf(called, CancelledError)
+        self.daemon.flush()
+        self.assertTrue(self.late[0].called)
+
+    def test_a_request_that_is_too_long(self) -> None:
+        """A request that is too long fails by its name; a later call connects again."""
+        fine = self.client.call("echo", "before")
+        self.failure_of(self.client.call("echo", "x" * 1000), errors.LineTooLong)
+        self.assertEqual(self.result_of(fine), "before")
+        self.assertEqual(self.result_of(self.client.call("echo", "after")), "after")
+
+    def test_what_the_daemon_does_not_read(self) -> None:
+        """A request of a wrong shape fails as malformed; a later call connects again."""
+        for called in (self.client.call(5), self.client.call_with("echo", "text")):
+            self.failure_of(called, Malformed)
+        self.assertEqual(self.result_of(self.client.call("echo", "after")), "after")
+
+    def test_a_daemon_that_stops(self) -> None:
+        """A daemon that drains answers what runs, refuses what comes, and ends the connection."""
+        self.client = TaskClient(self.daemon.loop, MemoryEndpoint(self.daemon), pool=1)
+        running = self.client.call("later")
+        self.daemon.flush()
+        drained = self.daemon.factory.drain()
+        self.failure_of(self.client.call("echo"), errors.ShuttingDown)
+        self.late[0].callback("finished")
+        self.assertEqual(self.result_of(running), "finished")
+        self.daemon.flush()
+        self.successResultOf(drained)
+
+    def test_close(self) -> None:
+        """A client that is closed leaves neither connections nor delayed calls behind."""
+        self.result_of(self.client.call("echo"))
+        self.result_of(self.client.close())
+        self.assertEqual(self.daemon.factory.open_connections, 0)
+        self.assertEqual(self.daemon.loop.getDelayedCalls(), [])
+
+    def test_one_call(self) -> None:
+        """A single call leaves no connection behind."""
+        called = call_once(self.daemon.loop, MemoryEndpoint(self.daemon), "echo", ["once"])
+        self.assertEqual(self.result_of(called), "once")
+        self.assertEqual(self.daemon.factory.open_connections, 0)

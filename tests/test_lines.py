@@ -1,0 +1,209 @@
+"""The framing, held against ``bytes.split`` and against Twisted's ``LineReceiver``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.testing import StringTransport
+from twisted.protocols.basic import LineReceiver
+from twisted.trial.unittest import SynchronousTestCase
+
+from taskd.lines import LongLineReceiver, OneConnection
+
+examples = settings(max_examples=150, deadline=None)
+
+LIMIT = 5
+
+STEPS = [
+    *(b"a", b"bb\n", b"ccc", b"\n", b"dddd\ne", b"p\n", b"p\nf\ng", b"pr\n", b"pr\nh\np\ni\n"),
+    *(b"pl\n", b"pl\nj\nk"),
+    *("pause", "resume"),
+]
+
+
+class Recorder(LongLineReceiver):
+    """
+    Note what comes, and obey some lines.
+
+    The line ``p`` pauses, ``pr`` pauses and resumes, ``pl`` pauses when ``late``
+    is on its way already, ``q`` hangs up, and ``>x`` is as if a transport
+    brought ``x`` at once as the answer to it.
+    """
+
+    MAX_LENGTH = LIMIT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.came: list[bytes] = []
+
+    def lineReceived(self, line: bytes) -> None:
+        self.came.append(line)
+        if line in (b"p", b"pr", b"pl"):
+            self.pauseProducing()
+        if line == b"pr":
+            self.resumeProducing()
+        if line == b"pl":
+            self.dataReceived(b"late\n")
+        if line == b"q":
+            self.transport.loseConnection()
+        if line.startswith(b">"):
+            self.dataReceived(line[1:] + b"\n")
+
+    def lineLengthExceeded(self, line: bytes) -> None:
+        self.came.append(b"too long")
+
+
+class Reference(LineReceiver):
+    """Twisted's own receiver, which does the same."""
+
+    MAX_LENGTH = LIMIT
+    delimiter = b"\n"
+    lineReceived = Recorder.lineReceived
+    lineLengthExceeded = Recorder.lineLengthExceeded
+
+    def __init__(self) -> None:
+        self.came: list[bytes] = []
+
+
+def connected(receiver: Any) -> Any:
+    """Give a receiver that has a transport."""
+    receiver.makeConnection(StringTransport())
+    return receiver
+
+
+def pieces(data: bytes, sizes: list[int]) -> list[bytes]:
+    """Cut *data* into chunks of these sizes, over and over."""
+    chunks = []
+    while data:
+        for size in sizes:
+            chunks.append(data[:size])
+            data = data[size:]
+    return chunks
+
+
+class LongLineReceiverTests(SynchronousTestCase):
+    """Bytes to lines."""
+
+    @examples
+    @given(
+        data=st.text("ab\n\r", max_size=40).map(str.encode),
+        sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    )
+    def test_chunks_do_not_matter(self, data: bytes, sizes: list[int]) -> None:
+        """The lines are the same however the bytes were cut, and only whole ones are given."""
+        receiver = connected(Recorder())
+        receiver.MAX_LENGTH = 100
+        for chunk in pieces(data, sizes):
+            receiver.dataReceived(chunk)
+        *lines, rest = data.split(b"\n")
+        self.assertEqual(receiver.came, lines)
+        self.assertIs(receiver.is_mid_line, bool(rest))
+
+    @examples
+    @given(steps=st.lists(st.sampled_from(STEPS), max_size=12))
+    def test_like_twisteds_own(self, steps: list[bytes | str]) -> None:
+        """Lines, pauses and lines that are too long are as with Twisted's ``LineReceiver``."""
+        ours, theirs = connected(Recorder()), connected(Reference())
+        for step in steps:
+            for receiver in (ours, theirs):
+                if step == "pause":
+                    receiver.pauseProducing()
+                elif step == "resume":
+                    receiver.resumeProducing()
+                else:
+                    receiver.dataReceived(step)
+            self.assertEqual(ours.came, theirs.came)
+
+    def test_the_longest_line(self) -> None:
+        """A line of ``MAX_LENGTH`` bytes is given, whole or in pieces; one byte more is not."""
+        for step in (1, 2, 100):
+            for length, came in ((LIMIT, [b"x" * LIMIT, b"y"]), (LIMIT + 1, [b"too long"])):
+                receiver = connected(Recorder())
+                for chunk in pieces(b"x" * length + b"\n", [step]):
+                    if b"too long" not in receiver.came:
+                        receiver.dataReceived(chunk)
+                if b"too long" not in receiver.came:
+                    receiver.dataReceived(b"y\n")
+                self.assertEqual(receiver.came, came)
+
+    def test_a_line_without_an_end(self) -> None:
+        """A line that grows too long is told before its end comes, and nothing of it is kept."""
+        receiver = connected(Recorder())
+        receiver.dataReceived(b"x" * LIMIT)
+        self.assertEqual((receiver.came, receiver.is_mid_line), ([], True))
+        receiver.dataReceived(b"x")
+        self.assertEqual((receiver.came, receiver.is_mid_line), ([b"too long"], False))
+
+    def test_nothing_behind_a_line_that_is_too_long(self) -> None:
+        """What came in one chunk behind a line that is too long is not given."""
+        receiver = connected(Recorder())
+        receiver.dataReceived(b"a\n" + b"x" * (LIMIT + 1) + b"\nb\nc")
+        self.assertEqual((receiver.came, receiver.is_mid_line), ([b"a", b"too long"], False))
+
+    def test_a_pause_keeps_the_rest(self) -> None:
+        """While paused no line is given, and afterwards each comes once and in its order."""
+        receiver = connected(Recorder())
+        receiver.dataReceived(b"a\np\nb\nc")
+        receiver.dataReceived(b"c\np\nd\n")
+        self.assertEqual(receiver.came, [b"a", b"p"])
+        receiver.resumeProducing()
+        self.assertEqual(receiver.came, [b"a", b"p", b"b", b"cc", b"p"])
+        receiver.resumeProducing()
+        self.assertEqual(receiver.came, [b"a", b"p", b"b", b"cc", b"p", b"d"])
+
+    def test_what_comes_late_in_a_pause(self) -> None:
+        """Bytes that come although the receiver has just paused are kept, behind the rest."""
+        receiver = connected(Recorder())
+        receiver.dataReceived(b"pl\na\n")
+        self.assertEqual(receiver.came, [b"pl"])
+        receiver.resumeProducing()
+        self.assertEqual(receiver.came, [b"pl", b"a", b"late"])
+
+    def test_mid_line_while_paused(self) -> None:
+        """Whole lines that wait for the end of a pause are not the beginning of one."""
+        for behind, is_mid_line in ((b"", False), (b"a\nb\n", False), (b"a\nb", True)):
+            receiver = connected(Recorder())
+            receiver.dataReceived(b"p\n" + behind)
+            self.assertIs(receiver.is_mid_line, is_mid_line, behind)
+
+    def test_a_line_that_comes_during_a_line(self) -> None:
+        """A line that a transport brings while another one is taken is given as well, behind it."""
+        ours, theirs = connected(Recorder()), connected(Reference())
+        for receiver in (ours, theirs):
+            receiver.dataReceived(b">x\n")
+        self.assertEqual(theirs.came, [b">x", b"x"])
+        self.assertEqual(ours.came, theirs.came)
+
+    def test_nothing_after_hanging_up(self) -> None:
+        """What came in one chunk behind the line that made us hang up is not given."""
+        ours, theirs = connected(Recorder()), connected(Reference())
+        for receiver in (ours, theirs):
+            receiver.dataReceived(b"a\nq\nb\nc\n")
+        self.assertEqual(theirs.came, [b"a", b"q"])
+        self.assertEqual(ours.came, theirs.came)
+
+    def test_many_pieces_and_many_lines(self) -> None:
+        """A line in 20 000 pieces, and 100 000 lines in one chunk, come as they are."""
+        receiver = connected(Recorder())
+        receiver.MAX_LENGTH = 10**6
+        for _ in range(20_000):
+            receiver.dataReceived(b"0123456789")
+        receiver.dataReceived(b"\n" + b"x\n" * 100_000)
+        self.assertEqual(receiver.came, [b"0123456789" * 20_000] + [b"x"] * 100_000)
+
+    def test_sending(self) -> None:
+        """A line is sent with a line feed alone behind it."""
+        receiver = connected(Recorder())
+        receiver.sendLine(b"a")
+        self.assertEqual(receiver.transport.value(), b"a\n")
+
+
+class OneConnectionTests(SynchronousTestCase):
+    """The factory of a protocol that exists already."""
+
+    def test_the_protocol_is_given(self) -> None:
+        """The connection gets the very protocol that the factory was made for."""
+        receiver = Recorder()
+        self.assertIs(OneConnection(receiver).buildProtocol(None), receiver)
