@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Protocol
@@ -52,7 +51,7 @@ class Parent(Protocol):
     def zygote_cannot_preload(self, reason: str, /) -> None: ...  # noqa: D102
     def zygote_failed(self, zygote: Zygote, reason: str, /) -> None: ...  # noqa: D102
     def zygote_gone(self, zygote: Zygote, status: int, /) -> None: ...  # noqa: D102
-    def worker_forked(self, number: int, pid: int, fd: int, /) -> None: ...  # noqa: D102
+    def worker_forked(self, zygote: Zygote, number: int, pid: int, fd: int, /) -> None: ...  # noqa: D102
     def worker_not_forked(self, number: int, reason: str, /) -> None: ...  # noqa: D102
     def worker_ready(self, worker: Worker, /) -> None: ...  # noqa: D102
     def worker_gone(self, worker: Worker, /) -> None: ...  # noqa: D102
@@ -143,6 +142,9 @@ class Zygote(ProcessProtocol):
         spec: What it is told to load.
         scoreboard_fd: Inherited by it.
         listening: Inherited by it.
+
+    Attributes:
+        loaded_at: Since when it can fork, or None; set by the parent.
     """
 
     _output = Logger(namespace="taskd.output")
@@ -158,7 +160,7 @@ class Zygote(ProcessProtocol):
         self._parent = parent
         self._reactor = reactor
         self._spec = spec
-        self._loaded_at: float | None = None
+        self.loaded_at: float | None = None
         self._unread = {1: b"", 2: b""}
         self._control, theirs = socket.socketpair()
         child_fds: dict[int, int | str] = {
@@ -170,16 +172,21 @@ class Zygote(ProcessProtocol):
         for n, sock in enumerate(listening):
             child_fds[LISTENING_FD + n] = sock.fileno()
         program = f"import sys; sys.path[:] = {sys.path!r}; from taskd.zygote import main; main()"
-        with open(os.devnull, "rb") as devnull:
-            child_fds[0] = devnull.fileno()
-            self._process = reactor.spawnProcess(
-                self,
-                sys.executable,
-                [sys.executable, "-P", "-c", program],
-                env={k: v for k, v in os.environ.items() if k not in _NOT_FOR_CHILDREN},
-                childFDs=child_fds,
-            )
-        theirs.close()
+        try:
+            with open(os.devnull, "rb") as devnull:
+                child_fds[0] = devnull.fileno()
+                self._process = reactor.spawnProcess(
+                    self,
+                    sys.executable,
+                    [sys.executable, "-P", "-c", program],
+                    env={k: v for k, v in os.environ.items() if k not in _NOT_FOR_CHILDREN},
+                    childFDs=child_fds,
+                )
+        except OSError:
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
         self.pid: int = self._process.pid
         self._link: _Link | None = None
         self._send(load=spec)
@@ -187,11 +194,11 @@ class Zygote(ProcessProtocol):
     @property
     def is_loaded(self) -> bool:
         """Tell whether it can fork."""
-        return self._loaded_at is not None
+        return self.loaded_at is not None
 
     def lived_seconds(self, now: float) -> float:
         """Tell how long it has been able to fork."""
-        return 0.0 if self._loaded_at is None else now - self._loaded_at
+        return 0.0 if self.loaded_at is None else now - self.loaded_at
 
     def wait_until_loaded(self) -> None:
         """
@@ -204,7 +211,7 @@ class Zygote(ProcessProtocol):
         """
         pipes = list(self._process.pipes.values())
         received = b""
-        while self._loaded_at is None:
+        while self.loaded_at is None:
             ready, _, _ = select.select([self._control, *pipes], [], [])
             for pipe in ready:
                 if pipe is not self._control and pipe.doRead() is not None:
@@ -247,7 +254,6 @@ class Zygote(ProcessProtocol):
             failed: Takes the reason why it cannot go on.
         """
         if "loaded" in message:
-            self._loaded_at = time.monotonic()
             self._parent.zygote_loaded(self)
         elif "failed" in message:
             failed(message["failed"])
@@ -276,7 +282,7 @@ class Zygote(ProcessProtocol):
     def link_received(self, message: dict[str, Any], fds: list[int]) -> None:
         """Take a message that came over the link."""
         if "forked" in message:
-            self._parent.worker_forked(message["forked"], message["pid"], fds.pop(0))
+            self._parent.worker_forked(self, message["forked"], message["pid"], fds.pop(0))
         elif "exited" in message:
             self._parent.worker_exited(message["exited"], message["status"])
         elif "unforked" in message:

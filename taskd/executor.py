@@ -241,7 +241,7 @@ class Executor:
                 outcomes.append((call, None, None, 0.0))
             else:
                 began = clock()
-                self._slot.enter(call.function.label, began)
+                self._slot.run(call.function.label, began)
                 try:
                     reply, error = encode_result(call.id_json, self._run_in_thread(call)), None
                 except BaseException as raised:  # a task may end in anything, SystemExit too

@@ -121,9 +121,7 @@ def task(
         _check_name(name)
     if blocking is not None and type(blocking) is not bool:
         raise SettingsError(f"@task: blocking must be True, False or None, not {blocking!r}")
-    if timeout is not None and not (
-        type(timeout) in (int, float) and timeout > 0 and math.isfinite(timeout)
-    ):
+    if timeout is not None and not (type(timeout) in (int, float) and 0 < timeout < 1e9):
         raise SettingsError(f"@task: timeout must be seconds above 0, not {timeout!r}")
     return mark if function is None else mark(function)
 
@@ -164,6 +162,7 @@ class Function:
     __slots__ = (
         "_accepts",
         "_aliases",
+        "_by_position_only",
         "_fewest",
         "_most",
         "_needs",
@@ -218,11 +217,13 @@ class Function:
         self._needs = needed
         self._accepts: set[str] | None = {p.name for p in by_keyword}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        by_position_only = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
-        if by_position_only and (takes_any or needed & {p.name for p in by_position_only}):
+        by_position_only = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        if by_position_only and takes_any:
             self._accepts = set()
         elif takes_any:
             self._accepts = None
+        # Python 3.13.0's inspect would take it for one of **keywords.
+        self._by_position_only = next((n for n in by_position_only if n in needed), None)
         self._fewest = sum(p.name in needed for p in by_position)
         self._most = (
             math.inf if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(by_position)
@@ -249,6 +250,11 @@ class Function:
                 return args, {}
             return self._bind_slowly(args, {})
         keywords: dict[str, Any] = args  # type: ignore[assignment]
+        if self._by_position_only is not None:
+            raise BadArguments(
+                f"{self.name}{self.signature}: {self._by_position_only!r} can only be given by "
+                "position; send args as an array"
+            )
         if self._aliases:
             aliases = self._aliases
             for reserved in aliases.keys() & keywords.keys():

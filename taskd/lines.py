@@ -38,32 +38,42 @@ class LongLineReceiver(LineReceiver):
     @property
     def is_mid_line(self) -> bool:
         """Tell whether the beginning of a line has come without its end."""
-        return bool(self._pieces or self._buffer)
+        if self._buffer:  # a pause, or a line, holds it back
+            return not self._buffer.endswith(b"\n")
+        return bool(self._pieces)
 
     def dataReceived(self, data: bytes) -> None:
         """Take a chunk; call ``lineReceived`` for each line that is complete."""
-        if self._busyReceiving or self.paused:
-            self._buffer += data
+        self._buffer += data
+        if self._busyReceiving:
             return
-        if self._buffer:
-            data, self._buffer = self._buffer + data, b""
+        self._busyReceiving = True
+        try:
+            # What comes while a line is taken is behind it.
+            while self._buffer and not self.paused:
+                data, self._buffer = self._buffer, b""
+                if not self._give(data):
+                    return
+        finally:
+            self._busyReceiving = False
+
+    def _give(self, data: bytes) -> bool:
+        """Give the lines of a chunk; tell whether to go on."""
         lines = data.split(b"\n")
         rest = lines.pop()
         if lines and self._pieces:
             lines[0] = b"".join([*self._pieces, lines[0]])
             self._forget_pieces()
-        self._busyReceiving = True
-        try:
-            for number, line in enumerate(lines, 1):
-                if len(line) > self.MAX_LENGTH:
-                    self.lineLengthExceeded(line)  # type: ignore[no-untyped-call]
-                    return
-                self.lineReceived(line)  # type: ignore[no-untyped-call]
-                if self.paused:
-                    self._buffer = b"\n".join([*lines[number:], rest]) + self._buffer
-                    return
-        finally:
-            self._busyReceiving = False
+        for number, line in enumerate(lines, 1):
+            if len(line) > self.MAX_LENGTH:
+                self.lineLengthExceeded(line)  # type: ignore[no-untyped-call]
+                return False
+            self.lineReceived(line)  # type: ignore[no-untyped-call]
+            if self.paused:
+                self._buffer = b"\n".join([*lines[number:], rest]) + self._buffer
+                return False
+            if self.transport.disconnecting:
+                return False
         if rest:
             self._pieces.append(rest)
             self._pieces_bytes += len(rest)
@@ -71,6 +81,8 @@ class LongLineReceiver(LineReceiver):
                 too_long = b"".join(self._pieces)
                 self._forget_pieces()
                 self.lineLengthExceeded(too_long)  # type: ignore[no-untyped-call]
+                return False
+        return True
 
     def _forget_pieces(self) -> None:
         self._pieces.clear()

@@ -66,6 +66,9 @@ class Mailer:
         """
         if self._smtp is None:
             raise RuntimeError("no mail server: start the daemon with --smtp HOST:PORT")
+        for name, text in (("from", from_), ("subject", subject), ("contents", contents)):
+            if not isinstance(text, str):
+                raise ValueError(f"{name!r} must be a string, not {text!r:.60}")
         recipients = [*_listed(to), *_listed(cc), *_listed(bcc)]
         if not recipients:
             raise ValueError("no recipient: 'to' is empty")
@@ -118,4 +121,7 @@ class Mailer:
 def _listed(addresses: str | list[str] | None) -> list[str]:
     if addresses is None or addresses == "":
         return []
-    return [addresses] if isinstance(addresses, str) else list(addresses)
+    listed = [addresses] if isinstance(addresses, str) else addresses
+    if not isinstance(listed, list) or not all(isinstance(a, str) for a in listed):
+        raise ValueError(f"recipients must be a string or strings, not {addresses!r:.60}")
+    return listed

@@ -139,7 +139,16 @@ class Slot:
         number: Its place, from 1 for workers.
     """
 
-    __slots__ = ("_in_flight", "_label", "_name", "_seconds", "_title", "_words", "number")
+    __slots__ = (
+        "_current",
+        "_in_flight",
+        "_label",
+        "_name",
+        "_seconds",
+        "_title",
+        "_words",
+        "number",
+    )
 
     def __init__(self, number: int, words: memoryview, seconds: Any, name: memoryview) -> None:
         self.number = number
@@ -148,6 +157,7 @@ class Slot:
         self._name = name
         self._in_flight = 0
         self._label = b""
+        self._current = (b"", 0.0)
         self._title = memoryview(bytearray(0))
 
     def open(self, pid: int, now: float) -> None:
@@ -223,15 +233,22 @@ class Slot:
         words[_FAILED if failed else _DONE] += 1
         bucket = int(seconds * 1e6).bit_length()
         words[_LATENCY + bucket if bucket < _BUCKETS else _SLOWEST] += 1
-        if not self._in_flight:
+        if self._in_flight:
+            self.enter(*self._current)
+        else:
             self._seconds[_BEGAN] = 0.0
+
+    def run(self, label: bytes, now: float) -> None:
+        """Show which of the tasks that ``begin`` took on runs; then as ``enter``."""
+        self._current = (label, now)
+        self.enter(label, now)
 
     def begin(self, label: bytes, now: float) -> None:
         """Show that a task was taken on which will not end at once; then as ``enter``."""
         self._in_flight += 1
         self._words[_IN_FLIGHT] = self._in_flight
         if self._in_flight == 1:
-            self.enter(label, now)
+            self.run(label, now)
             if self._title:
                 self._write_title(label.rstrip(b"\0") + b")")
 

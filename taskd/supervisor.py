@@ -194,6 +194,7 @@ class Supervisor(Service):
 
     def zygote_loaded(self, zygote: Zygote) -> None:
         """Have the loaded zygote fork every worker that is wanted and not there."""
+        zygote.loaded_at = self._clock()
         self._fork(zygote, self._wanted)
 
     def zygote_cannot_preload(self, reason: str) -> None:
@@ -226,8 +227,16 @@ class Supervisor(Service):
         self._reap_strays()
 
     def _respawn_zygote(self) -> None:
-        if self._stopped is None:
+        if self._stopped is not None:
+            return
+        try:
             self._spawn_zygote().begin()
+        except OSError as error:
+            delay = self._zygote_births.died(0.0)
+            self._log.error(
+                "no zygote can be spawned: {why}; next try in {delay:g} s", why=error, delay=delay
+            )
+            self._reactor.callLater(delay, self._respawn_zygote)
 
     def _reap_strays(self) -> None:
         """
@@ -247,13 +256,15 @@ class Supervisor(Service):
 
     # The workers.
 
-    def worker_forked(self, number: int, pid: int, fd: int) -> None:
-        """Take in a worker that the zygote has forked."""
+    def worker_forked(self, zygote: Zygote, number: int, pid: int, fd: int) -> None:
+        """Take in a worker that a zygote has forked."""
         self._requested.discard(number)
         worker = Worker(self, number, pid)
         self._workers[pid] = worker
         self._reactor.adoptStreamConnection(fd, socket.AF_UNIX, OneConnection(worker))
         os.close(fd)
+        if zygote is not self._zygote:  # these were its last words
+            worker.await_death()
         if self._stopped is not None:
             worker.drain()
 
@@ -274,7 +285,7 @@ class Supervisor(Service):
         worker.ready_at = self._clock()
         if not self._has_been_whole:
             ready = sum(w.ready_at is not None for w in self._workers.values())
-            if ready == self._settings.procs and self._listening is not None:
+            if ready == self._settings.procs and self._listening and self._stopped is None:
                 self._has_been_whole = True
                 self._log.info(
                     "{procs} workers serve {address} after {seconds:.2f} s",
@@ -347,7 +358,13 @@ class Supervisor(Service):
         for worker in self._workers.values():
             self._log.warn("worker {number} is killed: its grace is over", number=worker.number)
             self.kill(worker)
-        if self._zygote is not None and not self._workers:
+        if self._workers:
+            self._reactor.callLater(_KILL_AFTER_GRACE_SECONDS, self._kill_zygote)
+        else:
+            self._kill_zygote()
+
+    def _kill_zygote(self) -> None:
+        if self._zygote is not None:
             self._zygote.end()
 
     def _check_stopped(self) -> None:

@@ -28,7 +28,8 @@ FLOORS = {
     "accept": 4,
     "executor": 4,
     "session": 4,
-    "client": 5,
+    "client": 6,
+    "connection": 5,
     "server": 5,
     "zygote": 5,
     "children": 6,
@@ -44,7 +45,7 @@ LONGEST_MODULE_LINES = 500
 
 BROAD_EXCEPTS = [
     "call:task_failed",
-    "client:TaskClientProtocol._report",
+    "connection:TaskClientProtocol._report",
     "executor:Executor._start_on_reactor",
     "executor:Executor._cancel",
     "executor:Executor._settle",
