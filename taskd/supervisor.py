@@ -168,7 +168,7 @@ class Supervisor(Service):
                 busy=busy,
                 grace=self._settings.grace_seconds,
             )
-        for worker in self._workers.values():
+        for worker in list(self._workers.values()):
             worker.drain()
         self._reactor.callLater(
             self._settings.grace_seconds + _KILL_AFTER_GRACE_SECONDS, self._kill_all
@@ -211,7 +211,7 @@ class Supervisor(Service):
         """Replace a zygote that died; the workers serve on, as children of this process."""
         self._zygote = None
         self._requested.clear()
-        for worker in self._workers.values():
+        for worker in list(self._workers.values()):  # one that is dead is reaped at once
             worker.await_death()
         if self._stopped is not None:
             self._check_stopped()
@@ -355,7 +355,7 @@ class Supervisor(Service):
             self._zygote.kill(worker.pid)
 
     def _kill_all(self) -> None:
-        for worker in self._workers.values():
+        for worker in list(self._workers.values()):
             self._log.warn("worker {number} is killed: its grace is over", number=worker.number)
             self.kill(worker)
         if self._workers:
