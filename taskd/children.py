@@ -270,6 +270,10 @@ class Zygote(ProcessProtocol):
         """Have a worker killed by the one who knows whether the pid is still its own."""
         self._send(kill=pid, signal=int(signal.SIGKILL))
 
+    def unlisten(self) -> None:
+        """Have it close its copies of the ports, so that nobody listens any more."""
+        self._send(unlisten=True)
+
     def dismiss(self) -> None:
         """Let it go."""
         if self._link is not None:

@@ -7,11 +7,12 @@ thread, so there are as many connections to the mail server as busy workers.
 
 from __future__ import annotations
 
+import base64
 import smtplib
 import ssl
 from email.errors import MessageError
 from email.message import EmailMessage
-from email.utils import formatdate, make_msgid
+from email.utils import formataddr, formatdate, getaddresses, make_msgid, parseaddr
 from typing import Any
 
 from taskd.settings import SmtpSettings
@@ -69,10 +70,11 @@ class Mailer:
         for name, text in (("from", from_), ("subject", subject), ("contents", contents)):
             if not isinstance(text, str):
                 raise ValueError(f"{name!r} must be a string, not {text!r:.60}")
-        recipients = [*_listed(to), *_listed(cc), *_listed(bcc)]
+        recipients = [_bare(a) for a in (*_listed(to), *_listed(cc), *_listed(bcc))]
         if not recipients:
             raise ValueError("no recipient: 'to' is empty")
         mail = EmailMessage()
+        _bare(", ".join(_listed(from_)))
         try:
             mail["From"] = from_
             mail["To"] = ", ".join(_listed(to))
@@ -89,7 +91,12 @@ class Mailer:
         mail.set_content(contents)
         if html is not None:
             mail.add_alternative(html, subtype="html")
-        with self._connect(self._smtp) as server:
+        try:
+            server = self._connect(self._smtp)
+        except OSError as error:
+            where = f"{self._smtp.host}:{self._smtp.port}"
+            raise ConnectionError(f"the mail server {where}: {error}") from error
+        with server:
             refused = server.send_message(mail, to_addrs=recipients)
         return {
             "message_id": mail["Message-ID"],
@@ -111,17 +118,43 @@ class Mailer:
             if smtp.tls == "starttls":
                 server.starttls(context=ssl.create_default_context())
             if smtp.user:
-                server.login(smtp.user, smtp.password)
+                _log_in(server, smtp.user, smtp.password)
         except BaseException:
             server.close()
             raise
         return server
 
 
+def _log_in(server: smtplib.SMTP, user: str, password: str) -> None:
+    if user.isascii() and password.isascii():
+        server.login(user, password)
+        return
+    # The standard library's login knows ASCII alone; RFC 4616 says UTF-8.
+    server.ehlo_or_helo_if_needed()
+    credentials = base64.b64encode(f"\0{user}\0{password}".encode()).decode()
+    code, reply = server.docmd("AUTH", f"PLAIN {credentials}")
+    if code != 235:
+        raise smtplib.SMTPAuthenticationError(code, reply)
+
+
 def _listed(addresses: str | list[str] | None) -> list[str]:
+    """Give the addresses one by one, with their names; a string may hold several."""
     if addresses is None or addresses == "":
         return []
     listed = [addresses] if isinstance(addresses, str) else addresses
     if not isinstance(listed, list) or not all(isinstance(a, str) for a in listed):
         raise ValueError(f"recipients must be a string or strings, not {addresses!r:.60}")
-    return listed
+    if any(not c.isprintable() for address in listed for c in address):
+        # The parser would take a line break for a space, and guess.
+        raise ValueError(f"a header cannot be written: {addresses!r:.60} has a line break")
+    try:
+        return [formataddr(pair) for pair in getaddresses(listed)]
+    except (UnicodeError, IndexError) as error:
+        raise ValueError(f"a header cannot be written: {error}") from error
+
+
+def _bare(address: str) -> str:
+    bare = parseaddr(address)[1]
+    if "@" not in bare or any(c.isspace() for c in bare):
+        raise ValueError(f"a header cannot be written: {address!r:.60} is no mail address")
+    return bare

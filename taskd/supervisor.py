@@ -161,6 +161,8 @@ class Supervisor(Service):
         self._wanted.clear()
         if self._listening is not None:
             self._listening.close()
+        if self._zygote is not None and self._zygote.is_loaded:
+            self._zygote.unlisten()
         busy = sum(self._scoreboard.slot(w.number).is_working for w in self._workers.values())
         if busy:
             self._log.info(

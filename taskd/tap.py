@@ -29,6 +29,16 @@ _PROCS_PER_CORE: Final = 10
 _SMTP_LOGIN_VARIABLE: Final = "TASKD_SMTP_LOGIN"
 
 
+def _number(option: str, kind: type[int] | type[float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"--{option}: a number, not {text!r}") from None
+
+    return read
+
+
 class Options(usage.Options):
     """What ``twistd taskd`` can be told."""
 
@@ -39,12 +49,42 @@ class Options(usage.Options):
     )
 
     optParameters: ClassVar[list[list[Any]]] = [
-        ["port", "p", 12345, "TCP port to listen on; 0 lets the kernel choose", int],
+        [
+            "port",
+            "p",
+            12345,
+            "TCP port to listen on; 0 lets the kernel choose",
+            _number("port", int),
+        ],
         ["interface", "i", "127.0.0.1", "Address to listen on"],
-        ["procs", "n", None, "Number of worker processes [default: 10 x the cores]", int],
-        ["threads", None, 1, "Blocking tasks that one worker runs at a time", int],
-        ["max-line", None, DEFAULT_MAX_LINE_BYTES, "Longest request line, in bytes", int],
-        ["grace", None, 30.0, "Seconds that running tasks get when the daemon stops", float],
+        [
+            "procs",
+            "n",
+            None,
+            "Number of worker processes [default: 10 x the cores]",
+            _number("procs", int),
+        ],
+        [
+            "threads",
+            None,
+            1,
+            "Blocking tasks that one worker runs at a time",
+            _number("threads", int),
+        ],
+        [
+            "max-line",
+            None,
+            DEFAULT_MAX_LINE_BYTES,
+            "Longest request line, in bytes",
+            _number("max-line", int),
+        ],
+        [
+            "grace",
+            None,
+            30.0,
+            "Seconds that running tasks get when the daemon stops",
+            _number("grace", float),
+        ],
         ["smtp", None, None, "Mail server of send_mail, as HOST:PORT"],
         ["smtp-tls", None, "none", f"Protection of mail: {', '.join(SMTP_TLS)}"],
         ["smtp-login", None, None, f"File with USER:PASSWORD [or set {_SMTP_LOGIN_VARIABLE}]"],
@@ -73,7 +113,8 @@ class Options(usage.Options):
         try:
             super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as error:
-            raise SystemExit(f"twistd taskd: {error}; see twistd taskd --help") from None
+            told = str(error).removeprefix("Parameter type enforcement failed: ")
+            raise SystemExit(f"twistd taskd: {told}; see twistd taskd --help") from None
 
     def postOptions(self) -> None:
         """Check everything that can be checked before the daemon starts."""

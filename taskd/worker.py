@@ -194,7 +194,7 @@ class _Rehearsal(LongLineReceiver):
 
 def run(
     number: int,
-    prepared: Prepared,
+    prepared: Prepared | dict[str, Any],
     link: socket.socket,
     listening: list[int],
     scoreboard_fd: int,
@@ -205,15 +205,21 @@ def run(
 
     Args:
         number: The worker's slot, from 1.
-        prepared: What ``prepare`` gave.
+        prepared: What ``prepare`` gave; or the settings, if nothing could be
+            prepared before the fork.
         link: The socket to the supervisor.
         listening: File descriptors of the listening sockets.
         scoreboard_fd: The scoreboard's.
         title: Of this process.
+
+    Raises:
+        StartFailed: A task module is not usable.
     """
     faulthandler.enable()
     reactor = SharingReactor()  # type: ignore[no-untyped-call]
     installReactor(reactor)
+    if not isinstance(prepared, Prepared):
+        prepared = prepare(prepared)  # now that there is a reactor which it may import
     window = title.window(f"taskd: worker {number} (", _TITLE_ROOM)
     worker = _Worker(number, prepared, scoreboard_fd, reactor, window)
     worker.serve(link, listening)

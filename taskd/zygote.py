@@ -6,7 +6,8 @@ answers. Its one connection is the socket to the supervisor; when that ends, it
 sees to it that no worker stays behind. Only the standard library is used here;
 what a worker is comes by name, from the supervisor.
 
-Lines of JSON pass between the two. To the zygote: ``load``, ``fork``, ``kill``.
+Lines of JSON pass between the two. To the zygote: ``load``, ``fork``, ``kill``,
+``unlisten``.
 From it: ``loaded``, ``failed``, ``again`` (the imports cannot be forked: load
 without them), ``forked`` (with the supervisor's end of the worker's socket
 attached), ``unforked``, ``exited``.
@@ -36,6 +37,9 @@ LISTENING_FD: Final = 5
 """The first of the listening sockets; the others follow it."""
 
 _KILL_AFTER_GRACE_SECONDS: Final = 1.0
+
+_SUCCESS: Final = "+"
+"""What a child says that could import the task modules; dying says nothing."""
 
 
 def main() -> NoReturn:
@@ -100,6 +104,8 @@ class _Zygote:
             elif "fork" in message:
                 for number in message["fork"]:
                     self._fork(number)
+            elif "unlisten" in message:
+                self._close_ports()
             elif "kill" in message and message["kill"] in self._children:
                 os.kill(message["kill"], message["signal"])
         return bool(data)
@@ -141,17 +147,19 @@ class _Zygote:
         pid = os.fork()
         if pid == 0:
             os.close(reader)
+            told = _SUCCESS
             try:
                 self._boot.prepare(self._spec["settings"])
             except StartFailed as error:
-                os.write(writer, str(error).encode()[: select.PIPE_BUF])
+                told = str(error)
+            os.write(writer, told.encode()[: select.PIPE_BUF])
             os._exit(0)
         os.close(writer)
         with open(reader, "rb") as pipe:
             told = pipe.read().decode(errors="replace")
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if told or status != 0:
-            raise StartFailed(told or f"the import of the task modules ended with status {status}")
+        os.waitpid(pid, 0)
+        if told != _SUCCESS:
+            raise StartFailed(told or "the process died while it imported the task modules")
 
     # Fork and reap.
 
@@ -181,11 +189,9 @@ class _Zygote:
             os.close(self._woken)
             os.close(self._wake)
             self._control.close()
-            prepared = self._prepared
-            if prepared is None:
-                prepared = self._boot.prepare(self._spec["settings"])
             listening = [LISTENING_FD + n for n in range(self._spec["listening"])]
             gc.enable()
+            prepared = self._prepared or self._spec["settings"]
             self._boot.run(number, prepared, link, listening, SCOREBOARD_FD, self._title)
             status = 0
         except StartFailed as error:
@@ -197,6 +203,11 @@ class _Zygote:
                 stream.flush()
             # The zygote's own frames are below: this process must not return into them.
             os._exit(status)
+
+    def _close_ports(self) -> None:
+        for n in range(self._spec.get("listening", 0)):
+            os.close(LISTENING_FD + n)
+        self._spec["listening"] = 0
 
     def _reap(self) -> None:
         try:
@@ -220,8 +231,7 @@ class _Zygote:
     def end(self) -> None:
         """Wait until the workers have drained, kill what has not, and reap it."""
         self._is_orphaned = True
-        for n in range(self._spec.get("listening", 0)):
-            os.close(LISTENING_FD + n)
+        self._close_ports()
         deadline = time.monotonic() + self._spec.get("grace_seconds", 0) + _KILL_AFTER_GRACE_SECONDS
         is_killing = False
         while self._children:

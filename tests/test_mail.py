@@ -37,7 +37,7 @@ class MailerTests(SynchronousTestCase):
     def test_one_recipient_is_enough(self) -> None:
         """A mail that has a recipient anywhere goes to the mail server."""
         for fields in ({}, {"to": "", "cc": "c@example.org"}, {"to": [], "bcc": ["c@example.org"]}):
-            self.assertRaises(ConnectionRefusedError, send, **fields)
+            self.assertRaises(ConnectionError, send, **fields)
 
     def test_no_header_can_be_smuggled(self) -> None:
         """A line break in what becomes a header is refused."""
@@ -60,7 +60,7 @@ class MailerTests(SynchronousTestCase):
             ";(",
         ):
             for field in ("from_", "to", "cc", "reply_to"):
-                with self.assertRaises((ValueError, ConnectionRefusedError)) as caught:
+                with self.assertRaises((ValueError, ConnectionError)) as caught:
                     send(**{field: address})
                 if isinstance(caught.exception, ValueError):
                     self.assertIn("a header cannot be written", str(caught.exception))

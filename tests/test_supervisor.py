@@ -526,7 +526,7 @@ class StopTests(SupervisorTestCase):
         self.assertNoResult(stopped)
         zygote.end()
         self.assertIsNone(self.successResultOf(stopped))
-        self.assertEqual(zygote.orders, [])
+        self.assertEqual(zygote.orders, [{"unlisten": True}])
 
     def test_the_port_is_closed(self) -> None:
         """Nobody can connect any more once the workers have let go of the port as well."""
@@ -543,7 +543,7 @@ class StopTests(SupervisorTestCase):
         self.stop()
         first.die(exited(0))
         self.machine.advance(GRACE)
-        self.assertEqual(zygote.orders, [])
+        self.assertEqual(zygote.orders, [{"unlisten": True}])
         self.machine.advance(2)
         self.assertEqual(zygote.orders, [{"kill": second.pid, "signal": KILLED}])
 
@@ -580,7 +580,7 @@ class StopTests(SupervisorTestCase):
         second.die()
         zygote.end(KILLED)
         self.machine.advance(60)
-        self.assertEqual(zygote.orders, [])
+        self.assertEqual(zygote.orders, [{"unlisten": True}])
         self.assertEqual(len(self.machine.zygotes), 1)
 
     def test_between_two_zygotes(self) -> None:
