@@ -233,6 +233,10 @@ class Slot:
         words[_FAILED if failed else _DONE] += 1
         bucket = int(seconds * 1e6).bit_length()
         words[_LATENCY + bucket if bucket < _BUCKETS else _SLOWEST] += 1
+        self.show_the_rest()
+
+    def show_the_rest(self) -> None:
+        """Show what runs besides the call that is being answered, or nothing."""
         if self._in_flight:
             self.enter(*self._current)
         else:

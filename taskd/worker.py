@@ -33,7 +33,7 @@ from taskd.lines import LongLineReceiver, OneConnection
 from taskd.loading import load_tasks
 from taskd.mail import Mailer
 from taskd.process import Title
-from taskd.scoreboard import Scoreboard
+from taskd.scoreboard import Scoreboard, Slot
 from taskd.server import TaskServerFactory
 from taskd.session import session_functions
 from taskd.settings import Settings
@@ -69,13 +69,13 @@ class Introspection:
 
     Attributes:
         scoreboard: Where the answers come from; set by each worker.
-        number: The worker that answers; set by each worker.
+        slot: That of the worker that answers; set by each worker.
     """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self.scoreboard: Scoreboard | None = None
-        self.number = 0
+        self.slot: Slot | None = None
 
     def ping(self) -> str:
         """Answer "pong"."""
@@ -96,8 +96,11 @@ class Introspection:
 
     def status(self) -> dict[str, Any]:
         """Tell what the daemon and each of its workers do."""
-        status = {} if self.scoreboard is None else self.scoreboard.status(time.monotonic())
-        return {"version": __version__, "answered_by": self.number, **status}
+        if self.scoreboard is None or self.slot is None:
+            return {"version": __version__}
+        self.slot.show_the_rest()  # that somebody asks is no work
+        status = self.scoreboard.status(time.monotonic())
+        return {"version": __version__, "answered_by": self.slot.number, **status}
 
 
 def prepare(fields: dict[str, Any]) -> Prepared:
@@ -243,8 +246,7 @@ class _Worker:
         self._reactor: Any = reactor
         scoreboard = Scoreboard(scoreboard_fd)
         prepared.introspection.scoreboard = scoreboard
-        prepared.introspection.number = number
-        self._slot = scoreboard.slot(number)
+        self._slot = prepared.introspection.slot = scoreboard.slot(number)
         self._slot.open(os.getpid(), time.monotonic())
         self._slot.show_on(title)
         self._executor = Executor(
