@@ -10,7 +10,6 @@ Nothing here knows what is spoken on a connection.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import resource
@@ -22,11 +21,13 @@ from typing import Any, Final, Protocol, cast
 from twisted.internet import tcp
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReadDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from taskd.lines import EagerWrites
 from taskd.policy import NO_ROOM_PAUSE_SECONDS, accept_pause, connection_ceiling
 
 __all__ = ["Accepting", "EagerServer", "SharedPort", "SharingReactor"]
@@ -82,15 +83,19 @@ class SharingReactor(EPollReactor):
         self._poller.close()
 
 
-class EagerServer(tcp.Server):
-    """
-    A connection that sends at once what the kernel takes.
-
-    Twisted's own asks epoll to tell when it may write, which it may, nearly
-    always: two system calls and a round of the reactor for each reply.
-    """
+class EagerServer(EagerWrites, tcp.Server):
+    """A connection that sends at once, and can be given away to another process."""
 
     _end: Failure | None = None
+    on_sent: Callable[[], None] | None = None
+    """Called when nothing waits to be sent any more."""
+
+    def doWrite(self) -> Any:
+        """Send what waits."""
+        outcome = super().doWrite()  # type: ignore[no-untyped-call]
+        if self.on_sent is not None and not self.has_unsent:
+            self.on_sent()
+        return outcome
 
     def readConnectionLost(self, reason: Failure) -> None:
         """Take the peer's close; a shutdown before our own would tell nobody anything."""
@@ -100,19 +105,28 @@ class EagerServer(tcp.Server):
 
     def loseConnection(self, *args: Any) -> None:
         """Close at once if the peer has, and nothing waits to be sent."""
-        if self._end is None or self._tempDataBuffer or self.dataBuffer:
+        if self._end is None or self.has_unsent:
             super().loseConnection(*args)  # type: ignore[no-untyped-call]
         else:
             self.connectionLost(self._end)
 
-    def write(self, data: bytes) -> None:
-        """Send now if nothing waits before it; what the kernel does not take goes Twisted's way."""
-        if not self._tempDataBuffer and not self.dataBuffer and self.connected:
-            # If it is full, or gone, the reactor will find out which.
-            with contextlib.suppress(OSError):
-                data = data[self.socket.send(data) :]
-        if data:
-            super().write(data)  # type: ignore[no-untyped-call]
+    def give_away(self, take: Callable[[socket.socket], bool]) -> bool:
+        """
+        Part with the connection, which goes on elsewhere.
+
+        Args:
+            take: Takes the socket, for the time of the call, and tells whether
+                somebody has it now.
+
+        Returns:
+            Whether it was given away; it is closed here then, and its peer
+            does not notice.
+        """
+        if self.has_unsent or not self.connected or self.disconnecting or not take(self.socket):
+            return False
+        self._shouldShutdown = False
+        self.connectionLost(Failure(ConnectionDone()))
+        return True
 
 
 _OUT_OF_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -146,6 +160,7 @@ class SharedPort:
         self._in_a_row = 0
         self._accepted = 0
         self._pause: IDelayedCall | None = None
+        self._is_away = False
         factory.on_room = self._on_room
         reactor.add_shared_reader(self)
 
@@ -170,6 +185,14 @@ class SharedPort:
             self._log.error("no connection can be accepted: {why}", why=error.strerror)
             self._leave_for(NO_ROOM_PAUSE_SECONDS)
             return
+        self._serve(connection, address)
+        self._in_a_row += 1
+        held = self._factory.open_connections
+        pause = accept_pause(held, self._in_a_row)
+        if pause or held >= self._ceiling:
+            self._leave_for(pause)
+
+    def _serve(self, connection: socket.socket, address: Any) -> Any:
         protocol = self._factory.buildProtocol(self._address_type("TCP", *address))
         self._accepted += 1
         protocol.makeConnection(
@@ -177,11 +200,39 @@ class SharedPort:
                 connection, protocol, address, cast(Any, self), self._accepted, self._reactor
             )
         )
-        self._in_a_row += 1
-        held = self._factory.open_connections
-        pause = accept_pause(held, self._in_a_row)
-        if pause or held >= self._ceiling:
-            self._leave_for(pause)
+        return protocol
+
+    def adopt(self, fd: int, unread: bytes) -> None:
+        """
+        Go on with a connection that another process accepted.
+
+        Args:
+            fd: The connection; it is the port's from now on.
+            unread: What was read from it and not looked at.
+        """
+        connection = socket.socket(fileno=fd)
+        connection.setblocking(False)
+        try:
+            address = connection.getpeername()
+        except OSError:
+            connection.close()  # its peer has gone meanwhile
+            return
+        protocol = self._serve(connection, address)
+        if unread:
+            protocol.dataReceived(unread)
+
+    def leave(self) -> None:
+        """Accept nothing until ``come_back``, as long as the siblings do."""
+        if not self._is_away:
+            self._is_away = True
+            self._reactor.removeReader(self)
+
+    def come_back(self) -> None:
+        """Accept again."""
+        if self._is_away:
+            self._is_away = False
+            if self._pause is None:
+                self._resume()
 
     def step_back(self) -> None:
         """
@@ -219,5 +270,9 @@ class SharedPort:
             self._resume()
 
     def _resume(self) -> None:
-        if self.fileno() >= 0 and self._factory.open_connections < self._ceiling:
+        if (
+            self.fileno() >= 0
+            and not self._is_away
+            and self._factory.open_connections < self._ceiling
+        ):
             self._reactor.add_shared_reader(self)

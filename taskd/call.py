@@ -15,7 +15,7 @@ from twisted.internet.interfaces import IDelayedCall
 
 from taskd.errors import CallError, NotJson, TaskFailed
 from taskd.functions import Function
-from taskd.wire import encode_error
+from taskd.wire import Terms, encode_error
 
 __all__ = ["Call", "task_failed"]
 
@@ -32,18 +32,25 @@ class Call:
         positional: Its positional arguments, bound.
         keywords: Its keyword arguments, bound.
         id_json: The caller's id as JSON, or ''.
-        timeout: Seconds that it may take from now, above 0, or None.
+        terms: What else the caller asked for.
         on_end: Takes the call, once, when it has its reply.
         send_progress: Takes progress messages; None if its caller wants none.
 
     Attributes:
         reply: The line to send, once it has ended; None before.
-        abandon: What stops the task, where that can be done; set by who runs it.
-        timer: What ends it at its time limit; set by who runs it.
+        abandon: Takes the call when it has failed, to stop its task where that
+            can be done; set by who runs it.
+        timer: What ends it when its time is over; set by who runs it.
+        deadline: When its caller's time is over, in CLOCK_MONOTONIC seconds, or
+            None; set by who runs it.
+        began: When its function was called, in CLOCK_MONOTONIC seconds, or None;
+            set by who runs it.
     """
 
     __slots__ = (
         "abandon",
+        "began",
+        "deadline",
         "function",
         "id_json",
         "keywords",
@@ -51,7 +58,7 @@ class Call:
         "positional",
         "reply",
         "send_progress",
-        "timeout",
+        "terms",
         "timer",
     )
 
@@ -61,7 +68,7 @@ class Call:
         positional: list[Any],
         keywords: dict[str, Any],
         id_json: str,
-        timeout: float | None,
+        terms: Terms,
         on_end: Callable[[Call], None],
         send_progress: Callable[[bytes], None] | None,
     ) -> None:
@@ -69,19 +76,20 @@ class Call:
         self.positional = positional
         self.keywords = keywords
         self.id_json = id_json
-        self.timeout = timeout
+        self.terms = terms
         self.on_end = on_end
         self.send_progress = send_progress
         self.reply: bytes | None = None
-        self.abandon: Callable[[], None] | None = None
+        self.abandon: Callable[[Call], None] | None = None
         self.timer: IDelayedCall | None = None
+        self.deadline: float | None = None
+        self.began: float | None = None
 
     def end(self, reply: bytes) -> None:
         """End the call with a reply; without effect if it has ended before."""
         if self.reply is None:
             self.reply = reply
-            if self.timer is not None and self.timer.active():
-                self.timer.cancel()
+            self.stop_timer()
             self.on_end(self)
 
     def fail(self, error: CallError) -> None:
@@ -89,7 +97,13 @@ class Call:
         if self.reply is None:
             self.end(encode_error(self.id_json, error))
             if self.abandon is not None:
-                self.abandon()
+                self.abandon(self)
+
+    def stop_timer(self) -> None:
+        """Let its time run without an end."""
+        if self.timer is not None and self.timer.active():
+            self.timer.cancel()
+        self.timer = None
 
 
 def task_failed(name: str, error: BaseException, debug: bool) -> TaskFailed:
@@ -106,7 +120,7 @@ def task_failed(name: str, error: BaseException, debug: bool) -> TaskFailed:
     else:
         try:
             message = str(error)[:_LONGEST_MESSAGE]
-        except Exception:  # the task's own class wrote that __str__
+        except BaseException:  # the task's own class wrote that __str__
             message = "(its message cannot be shown)"
     details = {"type": type(error).__qualname__}
     if debug:

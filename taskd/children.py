@@ -24,11 +24,14 @@ from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from taskd.errors import StartFailed
-from taskd.lines import LongLineReceiver, OneConnection
+from taskd.dispatcher import Dispatcher, Task
+from taskd.errors import CallError, StartFailed
+from taskd.lines import LongLineReceiver
+from taskd.link import Link, Offer, encode_due
+from taskd.states import Cause
 from taskd.zygote import CONTROL_FD, LISTENING_FD, SCOREBOARD_FD
 
-__all__ = ["Parent", "Worker", "Zygote"]
+__all__ = ["Lineage", "Parent", "Worker", "Zygote"]
 
 _NOT_FOR_CHILDREN: Final = frozenset(
     {
@@ -47,47 +50,100 @@ _NOT_FOR_CHILDREN: Final = frozenset(
 class Parent(Protocol):
     """What the records tell the supervisor."""
 
+    @property
+    def dispatcher(self) -> Dispatcher: ...  # noqa: D102
+    @property
+    def clock(self) -> Callable[[], float]: ...  # noqa: D102
+
+    def worker_forked(self, zygote: Zygote, number: int, pid: int, fd: int, /) -> None: ...  # noqa: D102
+    def worker_not_forked(self, number: int, reason: str, /) -> None: ...  # noqa: D102
+    def worker_ready(self, worker: Worker, /) -> None: ...  # noqa: D102
+    def worker_worn(self, worker: Worker, cause: Cause, /) -> None: ...  # noqa: D102
+    def worker_leaving(self, worker: Worker, /) -> None: ...  # noqa: D102
+    def worker_gone(self, worker: Worker, /) -> None: ...  # noqa: D102
+    def worker_exited(self, pid: int, status: int, /) -> None: ...  # noqa: D102
+    def connection_moved(self, fd: int, unread: bytes, /) -> None: ...  # noqa: D102
+
+
+class Lineage(Protocol):
+    """What a zygote's record tells of the zygote itself."""
+
     def zygote_loaded(self, zygote: Zygote, /) -> None: ...  # noqa: D102
     def zygote_cannot_preload(self, reason: str, /) -> None: ...  # noqa: D102
     def zygote_failed(self, zygote: Zygote, reason: str, /) -> None: ...  # noqa: D102
     def zygote_gone(self, zygote: Zygote, status: int, /) -> None: ...  # noqa: D102
-    def worker_forked(self, zygote: Zygote, number: int, pid: int, fd: int, /) -> None: ...  # noqa: D102
-    def worker_not_forked(self, number: int, reason: str, /) -> None: ...  # noqa: D102
-    def worker_ready(self, worker: Worker, /) -> None: ...  # noqa: D102
-    def worker_gone(self, worker: Worker, /) -> None: ...  # noqa: D102
-    def worker_exited(self, pid: int, status: int, /) -> None: ...  # noqa: D102
 
 
-class Worker(LongLineReceiver):
+class Worker(Link):
     """
     The supervisor's record of one worker, and its end of the link.
 
+    To the dispatcher it is a ``Peer``.
+
     Attributes:
+        zygote: Who forked it.
         number: The worker's slot.
         pid: Its process.
         ready_at: When it began to accept, or None.
+        cause: Why a successor was asked for; None: it is to go on.
+        is_retired: True once it was told to leave everything to the others.
+        is_hung: True once it is to be killed because it does not answer.
         is_gone: True once its link has ended.
         is_orphan: True if its zygote is dead, and so this process its parent.
     """
 
-    def __init__(self, parent: Parent, number: int, pid: int) -> None:
-        super().__init__()
-        self.MAX_LENGTH = sys.maxsize
+    def __init__(self, parent: Parent, zygote: Zygote, number: int, pid: int) -> None:
+        super().__init__(
+            {
+                b"ready": lambda _: parent.worker_ready(self),
+                b"log": self._log,
+                b"offer": self._offer,
+                b"cancel": self._take_back,
+                b"returned": self._returned,
+                b"ended": self._ended,
+                b"progress": self._progressed,
+                b"ask": lambda _: parent.dispatcher.ask(self, parent.clock()),
+                b"replace": lambda rest: parent.worker_worn(self, Cause[rest.decode()]),
+                b"moved": lambda rest: parent.connection_moved(*self.take_connection(rest)),
+                b"leaving": lambda _: parent.worker_leaving(self),
+            }
+        )
+        self.zygote = zygote
         self.number = number
         self.pid = pid
         self.ready_at: float | None = None
+        self.cause: Cause | None = None
+        self.is_retired = False
+        self.is_hung = False
         self.is_gone = False
         self.is_orphan = False
         self._parent = parent
+
+    @property
+    def serves(self) -> bool:
+        """Tell whether it accepts, and is to go on doing so."""
+        return self.ready_at is not None and self.cause is None and not self.is_gone
 
     def lived_seconds(self, now: float) -> float:
         """Tell how long it has served."""
         return 0.0 if self.ready_at is None else now - self.ready_at
 
-    def drain(self) -> None:
-        """Tell it to finish and go."""
-        if not self.is_gone:
-            self.transport.write(b'{"drain": true}\n')
+    def stop(self) -> None:
+        """Tell it to finish and go, as all are told."""
+        self.tell(b"stop\n")
+
+    def retire(self) -> None:
+        """Tell it to leave everything to the others and go."""
+        self.is_retired = True
+        self.tell(b"retire\n")
+
+    def let_go(self) -> None:
+        """Tell it that no task will come any more."""
+        self.tell(b"go\n")
+
+    def adopt(self, fd: int, unread: bytes) -> bool:
+        """Give it a connection to go on with; tell whether that was possible."""
+        return self.give_connection(b"adopt", fd, unread)
 
     def await_death(self) -> None:
         """Reap it from now on, as its parent."""
@@ -95,22 +151,66 @@ class Worker(LongLineReceiver):
             self.is_orphan = True
             registerReapProcessHandler(self.pid, self)
 
-    def lineReceived(self, line: bytes) -> None:
-        """Take a message of the worker's."""
-        message = json.loads(line)
-        if "ready" in message:
-            self._parent.worker_ready(self)
-        elif "log" in message:
-            event = message["log"]
-            Logger(namespace=event["namespace"]).emit(
-                LogLevel.levelWithName(event["level"]),
-                "worker {worker}: {text}",
-                worker=self.number,
-                text=event["text"],
-            )
+    # What it says.
+
+    def _log(self, rest: bytes) -> None:
+        event = json.loads(rest)
+        Logger(namespace=event["namespace"]).emit(
+            LogLevel.levelWithName(event["level"]),
+            "worker {worker}: {text}",
+            worker=self.number,
+            text=event["text"],
+        )
+
+    def _offer(self, rest: bytes) -> None:
+        self._parent.dispatcher.offer(self, Offer.decode(rest), self._parent.clock())
+
+    def _take_back(self, rest: bytes) -> None:
+        self._parent.dispatcher.cancel(self, int(rest))
+
+    def _returned(self, rest: bytes) -> None:
+        self._parent.dispatcher.returned(self, int(rest), self._parent.clock())
+
+    def _ended(self, rest: bytes) -> None:
+        number, _, reply = rest.partition(b" ")
+        self._parent.dispatcher.ended(self, int(number), reply, self._parent.clock())
+
+    def _progressed(self, rest: bytes) -> None:
+        number, _, line = rest.partition(b" ")
+        self._parent.dispatcher.progressed(int(number), line)
+
+    # The dispatcher calls these.
+
+    def run(self, task: Task) -> None:
+        """Give it a task."""
+        offer = task.offer
+        self.tell(b"run %d %s %s" % (task.number, encode_due(offer.deadline), offer.line))
+
+    def cancel(self, number: int) -> None:
+        """Tell it that nobody wants a task any more that it was given."""
+        self.tell(b"cancel %d\n" % number)
+
+    def nothing_to_run(self) -> None:
+        """Tell it that no task waits."""
+        self.tell(b"nothing\n")
+
+    def ended(self, ticket: int, reply: bytes) -> None:
+        """Tell it the reply to what it has handed over."""
+        self.tell(b"ended %d %s\n" % (ticket, reply))
+
+    def failed(self, ticket: int, error: CallError) -> None:
+        """Tell it what has become of a task that it has handed over."""
+        fields = json.dumps({"code": error.code, "message": error.message, **error.details})
+        self.tell(b"failed %d %s\n" % (ticket, fields.encode()))
+
+    def progressed(self, ticket: int, line: bytes) -> None:
+        """Tell it what a task reports that it has handed over."""
+        self.tell(b"progress %d %s\n" % (ticket, line))
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Take it that the worker is dead, or as good as dead."""
+        self.connected = 0
+        self.close_strays()
         if not self.is_gone:
             self.is_gone = True
             self._parent.worker_gone(self)
@@ -137,11 +237,13 @@ class Zygote(ProcessProtocol):
     The supervisor's record of one zygote.
 
     Args:
-        parent: Who is told.
+        lineage: Is told of it.
+        parent: Is told of its workers.
         reactor: Spawns it.
         spec: What it is told to load.
         scoreboard_fd: Inherited by it.
         listening: Inherited by it.
+        adopt: Lets the reactor carry a link, as ``adopt_link`` does.
 
     Attributes:
         loaded_at: Since when it can fork, or None; set by the parent.
@@ -151,14 +253,18 @@ class Zygote(ProcessProtocol):
 
     def __init__(
         self,
+        lineage: Lineage,
         parent: Parent,
         reactor: Any,
         spec: dict[str, Any],
         scoreboard_fd: int,
         listening: list[socket.socket],
+        adopt: Callable[[Any, int, LongLineReceiver], None],
     ) -> None:
+        self._lineage = lineage
         self._parent = parent
         self._reactor = reactor
+        self._adopt = adopt
         self._spec = spec
         self.loaded_at: float | None = None
         self._unread = {1: b"", 2: b""}
@@ -188,7 +294,7 @@ class Zygote(ProcessProtocol):
         finally:
             theirs.close()
         self.pid: int = self._process.pid
-        self._link: _Link | None = None
+        self._link: _ZygoteLink | None = None
         self._send(load=spec)
 
     @property
@@ -232,10 +338,8 @@ class Zygote(ProcessProtocol):
     def begin(self) -> None:
         """Listen to it from the reactor from now on."""
         self._control.setblocking(False)
-        self._link = _Link(self)
-        self._reactor.adoptStreamConnection(
-            self._control.fileno(), socket.AF_UNIX, OneConnection(self._link)
-        )
+        self._link = _ZygoteLink(self)
+        self._adopt(self._reactor, self._control.fileno(), self._link)
         self._control.close()
 
     def _send(self, **message: Any) -> None:
@@ -254,11 +358,11 @@ class Zygote(ProcessProtocol):
             failed: Takes the reason why it cannot go on.
         """
         if "loaded" in message:
-            self._parent.zygote_loaded(self)
+            self._lineage.zygote_loaded(self)
         elif "failed" in message:
             failed(message["failed"])
         elif "again" in message:
-            self._parent.zygote_cannot_preload(message["again"])
+            self._lineage.zygote_cannot_preload(message["again"])
             self._spec["preload"] = False
             self._send(load=self._spec)
 
@@ -266,9 +370,9 @@ class Zygote(ProcessProtocol):
         """Ask for workers."""
         self._send(fork=sorted(numbers))
 
-    def kill(self, pid: int) -> None:
-        """Have a worker killed by the one who knows whether the pid is still its own."""
-        self._send(kill=pid, signal=int(signal.SIGKILL))
+    def kill(self, pid: int, number: signal.Signals) -> None:
+        """Have a worker sent a signal by the one who knows whether the pid is still its own."""
+        self._send(kill=pid, signal=int(number))
 
     def unlisten(self) -> None:
         """Have it close its copies of the ports, so that nobody listens any more."""
@@ -292,7 +396,7 @@ class Zygote(ProcessProtocol):
         elif "unforked" in message:
             self._parent.worker_not_forked(message["unforked"], message["reason"])
         else:
-            self.told(message, partial(self._parent.zygote_failed, self))
+            self.told(message, partial(self._lineage.zygote_failed, self))
 
     # Twisted calls these.
 
@@ -309,11 +413,11 @@ class Zygote(ProcessProtocol):
         Not ``processEnded``: that would wait for the pipes, which the workers keep open.
         """
         status = getattr(reason.value, "status", None)  # ProcessDone and ProcessTerminated have it
-        self._parent.zygote_gone(self, status or 0)
+        self._lineage.zygote_gone(self, status or 0)
 
 
 @implementer(IFileDescriptorReceiver)
-class _Link(LongLineReceiver):
+class _ZygoteLink(LongLineReceiver):
     """The supervisor's end of the socket to the zygote."""
 
     def __init__(self, zygote: Zygote) -> None:

@@ -36,7 +36,7 @@ from taskd.connection import (
 )
 from taskd.errors import ClientClosed, ConnectFailed
 from taskd.policy import reconnect_delay
-from taskd.wire import Args
+from taskd.wire import Args, Terms
 
 __all__ = ["OnProgress", "TaskClient", "TaskClientFactory", "TaskClientProtocol", "call_once"]
 
@@ -101,6 +101,8 @@ class TaskClient(Caller):
         *,
         timeout: float | None = None,
         on_progress: OnProgress | None = None,
+        priority: int = 0,
+        cancel_on_disconnect: bool = False,
     ) -> Deferred[Any]:
         """
         Ask for a task.
@@ -115,6 +117,9 @@ class TaskClient(Caller):
             timeout: Seconds until the call has failed, above 0, the wait for a
                 connection included. None: no limit but the task's own.
             on_progress: Takes what the task reports.
+            priority: Higher is earlier, among tasks that wait for a worker.
+            cancel_on_disconnect: True: the task is cancelled if the connection
+                ends before its reply.
 
         Returns:
             Fires with the result, as JSON carries it.
@@ -136,10 +141,11 @@ class TaskClient(Caller):
             InternalError: A bug in the daemon.
             ConnectFailed: No connection in time; nothing was sent.
             ClientClosed: ``close`` has been called; nothing was sent.
-            ValueError: *timeout* cannot be.
+            ValueError: *timeout* or *priority* cannot be.
             CancelledError: The Deferred was cancelled.
         """
-        request = Asked(self._reactor, function, args, timeout, on_progress)
+        terms = Terms(timeout, on_progress is not None, priority, cancel_on_disconnect)
+        request = Asked(self._reactor, function, args, terms, on_progress)
         if request.failure is not None:
             return fail(request.failure)
         if self._is_closed:
@@ -148,12 +154,22 @@ class TaskClient(Caller):
         if best is None or best.in_flight:
             self._open_if_allowed()
             best = self._least_busy()  # it may stand already
-        if best is not None:
-            return self._outstanding.add(request.send(best))
+        if best is not None and not self._gates:
+            return self._outstanding.add(request.send(best).addBoth(self._answered))
         called = request.wait_in(self._gates)
         gate = self._gates[-1]
         timer = self._reactor.callLater(self._connect_timeout, self._give_up, gate)
-        return self._outstanding.add(stopping(timer, called))
+        self._use_idle_connections()
+        return self._outstanding.add(stopping(timer, called).addBoth(self._answered))
+
+    def _answered(self, result: Any) -> Any:
+        self._use_idle_connections()
+        return result
+
+    def _use_idle_connections(self) -> None:
+        """Send what waits for a connection on its way over one that has nothing else to do."""
+        while self._gates and (best := self._least_busy()) is not None and not best.in_flight:
+            self._gates.popleft().callback(best)
 
     def close(self) -> Deferred[None]:
         """
@@ -172,8 +188,13 @@ class TaskClient(Caller):
         return gatherResults([c.close() for c in list(self._connections)]).addCallback(_nothing)
 
     def _give_up(self, gate: Gate) -> None:
-        if gate in self._gates:
-            self._gates.remove(gate)
+        if gate not in self._gates:
+            return
+        self._gates.remove(gate)
+        best = self._least_busy()
+        if best is not None:  # it has waited for one that never came
+            gate.callback(best)
+        else:
             gate.errback(
                 ConnectFailed(
                     f"no connection to {self._name} within {self._connect_timeout:g} s: "

@@ -28,10 +28,11 @@ from taskd.errors import (
     Malformed,
     NotJson,
     TimeLimitExceeded,
+    UnknownFunction,
     error_from_wire,
 )
 from taskd.lines import LongLineReceiver
-from taskd.wire import Args, decode_reply, encode_request
+from taskd.wire import MAX_PRIORITY, NO_TERMS, Args, Terms, decode_reply, encode_request
 
 __all__ = [
     "Asked",
@@ -98,17 +99,18 @@ class TaskClientProtocol(LongLineReceiver):
         self,
         function: str,
         args: Args,
-        timeout: float | None = None,
+        terms: Terms = NO_TERMS,
         on_progress: OnProgress | None = None,
     ) -> Deferred[Any]:
         """
-        Send one request.
+        Send one request, on terms that its maker has checked.
 
-        Args, result and failures are those of ``TaskClient.call_with``.
+        Result and failures are those of ``TaskClient.call_with``.
         """
         number = next(self._numbers)
+        timeout = terms.timeout
         try:
-            line = encode_request((function, args, str(number), timeout, on_progress is not None))
+            line = encode_request((function, args, str(number), terms))
         except NotJson as error:
             return fail(BadArguments(f"{function}: {error}"))
         if not self.connected:
@@ -152,9 +154,7 @@ class TaskClientProtocol(LongLineReceiver):
         if self._take(number) is not None and self.connected:
             # The answer to this is of no interest, so its number is not kept.
             self.transport.write(
-                encode_request(
-                    ("taskd.cancel", {"id": number}, str(next(self._numbers)), None, False)
-                )
+                encode_request(("taskd.cancel", {"id": number}, str(next(self._numbers)), NO_TERMS))
             )
 
     def _expire(self, number: int, function: str, timeout: float) -> None:
@@ -305,9 +305,12 @@ class TaskClientFactory(ClientFactory, Caller):
         *,
         timeout: float | None = None,
         on_progress: OnProgress | None = None,
+        priority: int = 0,
+        cancel_on_disconnect: bool = False,
     ) -> Deferred[Any]:
         """Ask for a task, as ``TaskClient.call_with`` does."""
-        request = Asked(self._reactor, function, args, timeout, on_progress)
+        terms = Terms(timeout, on_progress is not None, priority, cancel_on_disconnect)
+        request = Asked(self._reactor, function, args, terms, on_progress)
         if (failure := request.failure or self._failure) is not None:
             return fail(failure)
         if self._connection is not None:
@@ -344,8 +347,18 @@ class TaskClientFactory(ClientFactory, Caller):
         self._on_lost(connection)
 
     def clientConnectionFailed(self, connector: IConnector, reason: Failure) -> None:
-        """Fail every call that waits for the connection."""
-        self._failure = ConnectFailed(f"no connection: {reason.getErrorMessage()}")
+        """Fail every call that waits for the connection (``reactor.connectTCP``)."""
+        self._fail_gates(f"no connection: {reason.getErrorMessage()}")
+
+    def doStop(self) -> None:
+        """Fail every call that waits for a connection which never stood (endpoints)."""
+        super().doStop()  # type: ignore[no-untyped-call]
+        if self._connection is None:
+            self._fail_gates("no connection could be made")
+
+    def _fail_gates(self, why: str) -> None:
+        if self._failure is None:
+            self._failure = ConnectFailed(why)
         while self._gates:
             self._gates.popleft().errback(self._failure)
 
@@ -367,25 +380,44 @@ class Asked:
         reactor: Any,
         function: str,
         args: Args | tuple[Any, ...],
-        timeout: float | None,
+        terms: Terms,
         on_progress: OnProgress | None,
     ) -> None:
         self._reactor = reactor
         self._function = function
         self._args: Args = list(args) if isinstance(args, tuple) else args
-        self._timeout = timeout
+        self._terms = terms
+        self._timeout = terms.timeout
         self._on_progress = on_progress
         self._began = reactor.seconds()
-        self.failure: Exception | None = None
+        self.failure = self._why_not()
+
+    def _why_not(self) -> Exception | None:
+        """Tell what is wrong with it: the daemon would hang up on everybody who shares the line."""
+        timeout, priority = self._terms.timeout, self._terms.priority
         if timeout is not None and not (type(timeout) in (int, float) and 0 < timeout < 1e9):
-            self.failure = ValueError(f"timeout must be seconds above 0, not {timeout!r}")
+            return ValueError(f"timeout must be seconds above 0 and below 1e9, not {timeout!r}")
+        if type(priority) is not int or abs(priority) > MAX_PRIORITY:
+            return ValueError(
+                f"priority must be an integer within +-{MAX_PRIORITY}, not {priority!r}"
+            )
+        if type(self._terms.ends_with_caller) is not bool:
+            return ValueError("cancel_on_disconnect must be True or False")
+        if type(self._args) not in (list, dict):
+            return BadArguments(
+                f"{self._function}: args must be a list, tuple or dict, not {self._args!r:.60}"
+            )
+        if type(self._function) is not str:
+            return UnknownFunction(f"a function's name is a string, not {self._function!r:.60}")
+        return None
 
     def send(self, connection: TaskClientProtocol) -> Deferred[Any]:
         """Send it, with what is left of its time."""
-        left = self._timeout
-        if left is not None:
-            left = max(0.001, left - (self._reactor.seconds() - self._began))
-        return connection.call(self._function, self._args, left, self._on_progress)
+        terms = self._terms
+        if terms.timeout is not None:
+            waited = self._reactor.seconds() - self._began
+            terms = terms._replace(timeout=round(max(0.001, terms.timeout - waited), 6))
+        return connection.call(self._function, self._args, terms, self._on_progress)
 
     def wait_in(self, gates: deque[Gate]) -> Deferred[Any]:
         """Wait for a connection, at the end of *gates*; cancelling leaves the queue."""

@@ -207,7 +207,8 @@ class Overloaded(CallError):
     @property
     def retry_after(self) -> float:
         """Give the seconds after which trying again makes sense, or 0.0 if not told."""
-        return float(self.details.get("retry_after", 0.0))
+        told = self.details.get("retry_after")
+        return float(told) if isinstance(told, (int, float)) else 0.0
 
 
 class ShuttingDown(CallError):

@@ -3,35 +3,45 @@ Run functions: in a thread, or on the reactor, each until its time limit.
 
 The thread is fed by a queue, answers into a deque, and wakes the reactor once
 for a whole batch of results: ``deferToThread`` costs twice as much for a single
-task, and eight times for many.
+task, and eight times for many. Which blocking calls are run here is decided by
+``lane``; the others are handed over.
 
-Nothing is known here of connections, or of the order of replies.
+Nothing is known here of connections, of the order of replies, or of who takes
+what is handed over.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from taskd.call import Call, task_failed
-from taskd.errors import TimeLimitExceeded
+from taskd.deadlines import Deadlines, Timer
+from taskd.errors import InternalError
 from taskd.functions import Function, Kind, reporting_to
+from taskd.lane import HANDOVER_SECONDS, Lane, Look
 from taskd.scoreboard import Slot
-from taskd.wire import encode_error, encode_progress, encode_result
+from taskd.wire import NO_TERMS, encode_error, encode_progress, encode_result
 
-__all__ = ["Executor", "Loop"]
+__all__ = ["Executor", "Loop", "Pool"]
 
+_LAST_MOMENT_SECONDS: Final = 0.01
+"""How long a thread may take to come to its own end when its call is given up."""
 
 _Outcome = tuple[Call, bytes | None, BaseException | None, float]
 """A call that a thread is done with: its reply or its exception, and the time it took."""
@@ -40,16 +50,37 @@ _Outcome = tuple[Call, bytes | None, BaseException | None, float]
 _JSON_TYPES: Final = frozenset({dict, list, tuple, str, int, float, bool, type(None)})
 
 
-class Loop(Protocol):
+class Loop(Timer, Protocol):
     """What the executor needs of a reactor."""
-
-    def callLater(  # noqa: N802, D102
-        self, delay: float, f: Callable[..., object], /, *args: object
-    ) -> IDelayedCall: ...
 
     def callFromThread(  # noqa: N802, D102
         self, f: Callable[..., object], /, *args: object
     ) -> None: ...
+
+
+class Pool(Protocol):
+    """The other workers, seen from here."""
+
+    def take(self, calls: list[Call], /) -> None:
+        """Have calls run by whoever is free; their ``abandon`` is the taker's."""
+
+    def waits(self) -> int:
+        """Tell how many tasks of all workers wait."""
+
+    def is_anyone_idle(self) -> bool:
+        """Tell whether another worker could start a blocking task now."""
+
+    def ask(self) -> None:
+        """Ask for a task that waits."""
+
+    def filled(self) -> None:
+        """Take note that this worker has no thread to spare."""
+
+    def freed(self) -> None:
+        """Take note that it has one again."""
+
+    def stuck(self) -> None:
+        """Take note that a thread is lost to a call that was given up, and cannot be stopped."""
 
 
 class Executor:
@@ -61,12 +92,16 @@ class Executor:
         slot: Where the worker shows what it does.
         threads: How many blocking tasks run at a time, from 1.
         debug: True: callers are told tracebacks.
-        clock: Gives seconds that never go back.
+        clock: Gives CLOCK_MONOTONIC seconds.
 
     Attributes:
+        lane: Decides which blocking calls run here.
+        pool: Takes the others; None: there are no others.
         is_delivering: True while a batch of calls is being ended.
         on_delivered: Called when a batch is through.
         on_busy: Called when the first task starts that is not over at once.
+        on_idle: Called when the last task has ended.
+        ended: How many blocking calls have come to an end here.
     """
 
     _log = Logger(namespace="taskd.task")
@@ -84,16 +119,28 @@ class Executor:
         self._slot = slot
         self._debug = debug
         self._clock = clock
-        self._waiting: SimpleQueue[Call] = SimpleQueue()
+        self._waiting: SimpleQueue[Call | None] = SimpleQueue()
         self._outcomes: deque[_Outcome] = deque()
         self._reports: dict[Call, bytes] = {}
         self._is_woken = False
         self._threads_to_start = threads
-        self._running = 0
-        self._idle: list[Deferred[None]] = []
+        self._threads: dict[int, Call | None] = {}
+        self._on_reactor: dict[Call, None] = {}
+        self._stuck: set[Call] = set()
+        self._deadlines = Deadlines(loop, slot, clock)
+        self._watch: IDelayedCall | None = None
+        self.lane = Lane(threads)
+        self.pool: Pool | None = None
+        self.ended = 0
         self.is_delivering = False
         self.on_delivered: Callable[[], None] = lambda: None
         self.on_busy: Callable[[], None] = lambda: None
+        self.on_idle: Callable[[], None] = lambda: None
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether nothing runs or waits here; what is stuck does not count."""
+        return not self._on_reactor and self.lane.occupied == len(self._stuck)
 
     def call_now(
         self,
@@ -131,55 +178,140 @@ class Executor:
 
     def start(self, call: Call, pending: Deferred[Any] | None = None) -> None:
         """
-        Run a call's function; the call is ended when it is done.
+        Run a call's function, or have it run; the call is ended when it is done.
 
         Args:
-            call: A fresh call.
+            call: A fresh call, or one that another worker handed over.
             pending: What ``call_now`` gave, if the function was called already.
         """
-        if call.timeout is not None:
-            call.timer = self._loop.callLater(call.timeout, self._expire, call)
-        if not self._running:
+        function, lane = call.function, self.lane
+        now = self._clock()
+        if call.terms.timeout is not None and call.deadline is None:
+            call.deadline = now + call.terms.timeout
+        if function.kind is Kind.THREAD:
+            if (
+                (lane.is_wary or call.terms is not NO_TERMS)
+                and self.pool is not None
+                and lane.sends_on(call.terms.priority)
+            ):
+                self._hand_over([call])
+                return
+            self._take_on(call, now)
+            return
+        if self.is_idle:
             self.on_busy()
-        self._running += 1
-        began = self._clock()
-        self._slot.begin(call.function.label, began)
+        self._on_reactor[call] = None
+        call.began = now
+        self._slot.begin(function.label, now)
+        if function.timeout is not None or call.deadline is not None:
+            self._deadlines.keep(call)
+            self._deadlines.show(call, now)
         if pending is not None:
-            self._wait_for(pending, call, began)
-        elif call.function.kind is Kind.THREAD:
-            if self._threads_to_start:
-                self._start_thread()
-            self._waiting.put(call)
+            self._wait_for(pending, call, now)
         else:
-            self._start_on_reactor(call, began)
+            self._start_on_reactor(call, now)
 
-    def _expire(self, call: Call) -> None:
-        call.fail(TimeLimitExceeded(f"{call.function.name} was not done within {call.timeout:g} s"))
+    def _take_on(self, call: Call, now: float) -> None:
+        """Have one of this worker's own threads run a call."""
+        lane = self.lane
+        if self._threads_to_start and not self._start_thread():
+            call.fail(InternalError("the system lets this worker start no thread; try again"))
+            return
+        if not lane.occupied and not self._on_reactor:
+            self.on_busy()
+        lane.occupied += 1
+        self._slot.take(call.function.label, now)
+        call.abandon = self._give_up
+        if call.function.timeout is not None or call.deadline is not None:
+            self._deadlines.keep(call)
+        self._waiting.put(call)
+        if self._watch is None and self.pool is not None:
+            lane.watch(now, self.ended)
+            self._watch = self._loop.callLater(HANDOVER_SECONDS, self._look)
 
-    def when_idle(self) -> Deferred[None]:
-        """
-        Wait until nothing runs.
+    def send_on(self, call: Call) -> None:
+        """Have others run a call, whatever it is."""
+        if call.terms.timeout is not None:
+            call.deadline = self._clock() + call.terms.timeout
+        self._hand_over([call])
 
-        Returns:
-            Fires with None once the last task has ended, at once if none runs.
-        """
-        if not self._running:
-            return succeed(None)
-        waiter: Deferred[None] = Deferred()
-        self._idle.append(waiter)
-        return waiter
+    # What cannot be stopped.
 
-    def _finish(self, call: Call, reply: bytes | None, failed: bool, seconds: float) -> None:
-        self._slot.end(failed or call.reply is not None, seconds)
+    def _give_up(self, call: Call) -> None:
+        """Find out whether the thread of a call that has failed comes to an end all the same."""
+        self._deadlines.forget(call)
+        if call.began is not None:
+            self._stuck.add(call)  # it holds up nobody's end any more
+            self._loop.callLater(_LAST_MOMENT_SECONDS, self._report_stuck, call)
+
+    def _report_stuck(self, call: Call) -> None:
+        if call not in self._stuck:
+            return
+        self._log.warn(
+            "{task} was given up and goes on:\n{stack}",
+            task=call.function.name,
+            stack=self._stack_of(call),
+        )
+        self.lane.retire()
+        if self.pool is not None:
+            self.pool.stuck()
+        if self.is_idle:
+            self.on_idle()
+
+    def _stack_of(self, call: Call) -> str:
+        """Tell where the thread stands that runs a call."""
+        frames = sys._current_frames()
+        return "".join(
+            "".join(traceback.format_stack(frames[thread]))
+            for thread, running in list(self._threads.items())
+            if running is call and thread in frames
+        )
+
+    # What is handed over.
+
+    def _look(self) -> None:
+        self._watch = None
+        pool, lane = self.pool, self.lane
+        if pool is None:
+            return
+        ended = self.ended + len(self._outcomes)
+        found = lane.look(self._clock(), ended, pool.is_anyone_idle)
+        if found is Look.MOVING:
+            self._watch = self._loop.callLater(HANDOVER_SECONDS, self._look)
+        elif found is Look.FULL:
+            # A thread that has not come to its call yet is to find one.
+            self._hand_over_waiting(lane.occupied - lane.threads)
+            pool.filled()
+
+    def hand_over_all(self) -> None:
+        """Have others run every blocking call that no thread here has begun."""
+        self._hand_over_waiting(self.lane.occupied)
+
+    def _hand_over_waiting(self, most: int) -> None:
+        calls: list[Call] = []
+        with suppress(Empty):
+            while len(calls) < most and (call := self._waiting.get_nowait()) is not None:
+                calls.append(call)
+        self.lane.occupied -= len(calls)
+        for call in calls:
+            self._slot.hand_over()
+            call.stop_timer()
+        self._hand_over([call for call in calls if call.reply is None])
+
+    def _hand_over(self, calls: list[Call]) -> None:
+        if self.pool is None or not calls:
+            return
+        self.pool.take(calls)
+        for call in calls:
+            if call.deadline is not None:
+                self._deadlines.keep_callers(call)
+
+    def _finish(self, call: Call, reply: bytes | None) -> None:
+        """Answer for a call that has ended."""
         if call in self._reports:
             self._send_report(call, self._reports.pop(call))
         if reply is not None:
             call.end(reply)
-        self._running -= 1
-        if not self._running and self._idle:
-            waiting, self._idle = self._idle, []
-            for waiter in waiting:
-                waiter.callback(None)
 
     def _explain(self, function: Function, id_json: str, error: BaseException) -> bytes:
         """Log what a task has raised, and make the reply that says so."""
@@ -206,10 +338,10 @@ class Executor:
             self._settle(value, call, began)
 
     def _wait_for(self, pending: Deferred[Any], call: Call, began: float) -> None:
-        call.abandon = partial(self._cancel, call, pending)
+        call.abandon = partial(self._cancel, pending)
         pending.addBoth(self._settle, call, began)
 
-    def _cancel(self, call: Call, pending: Deferred[Any]) -> None:
+    def _cancel(self, pending: Deferred[Any], call: Call) -> None:
         try:
             pending.cancel()
         except Exception:  # a task's canceller is its own code
@@ -224,28 +356,61 @@ class Executor:
                 reply, failed = encode_result(call.id_json, result), False
             except BaseException as error:  # a task may end in anything, SystemExit too
                 reply = self._explain(call.function, call.id_json, error)
-        self._finish(call, reply, failed, self._clock() - began)
+        self._on_reactor.pop(call, None)
+        self._deadlines.forget(call)
+        self._slot.end(failed or call.reply is not None, self._clock() - began)
+        self._finish(call, reply)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Take note that tasks have ended: nothing runs now, or show the oldest that does."""
+        if self.is_idle:
+            self.on_idle()
+        elif self._on_reactor or self.lane.threads > 1:
+            running = [call for call in list(self._threads.values()) if call is not None]
+            running += list(self._on_reactor)[:1]
+            if running:
+                oldest = min(running, key=lambda call: call.began or math.inf)
+                self._slot.run(oldest.function.label, oldest.began or self._clock())
 
     # In a thread.
 
-    def _start_thread(self) -> None:
-        self._threads_to_start -= 1
-        threading.Thread(target=self._work, name="taskd-task", daemon=True).start()
+    def _start_thread(self) -> bool:
+        """Start one more thread; tell whether there is any."""
+        thread = threading.Thread(target=self._work, name="taskd-task", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system's limit of processes
+            self._log.error("no thread can be started: {why}", why=error)
+        else:
+            self._threads_to_start -= 1
+        return self._threads_to_start < self.lane.threads
+
+    def close(self) -> None:
+        """Have the threads end, each when it has nothing more to run."""
+        for _ in range(self.lane.threads - self._threads_to_start):
+            self._waiting.put(None)
 
     def _work(self) -> None:
-        clock, outcomes = self._clock, self._outcomes
-        while True:
-            call = self._waiting.get()
+        clock, outcomes, running = self._clock, self._outcomes, self._threads
+        me = threading.get_ident()
+        while (call := self._waiting.get()) is not None:
+            call.began = began = clock()
             # It may have been cancelled, or come to its limit, while it waited.
+            # Whoever does that looks for the beginning afterwards, and this the
+            # other way round, so that one sees the other.
             if call.reply is not None:
                 outcomes.append((call, None, None, 0.0))
             else:
-                began = clock()
+                running[me] = call
                 self._slot.run(call.function.label, began)
+                if call.timer is not None:
+                    self._deadlines.show(call, began)
                 try:
                     reply, error = encode_result(call.id_json, self._run_in_thread(call)), None
                 except BaseException as raised:  # a task may end in anything, SystemExit too
                     reply, error = None, raised
+                running[me] = None
                 outcomes.append((call, reply, error, clock() - began))
             self._wake()
 
@@ -277,19 +442,38 @@ class Executor:
     def _deliver(self) -> None:
         # First of all: from here on, whoever adds something wakes us again.
         self._is_woken = False
-        outcomes, reports = self._outcomes, self._reports
+        outcomes, reports, lane = self._outcomes, self._reports, self.lane
         self.is_delivering = True
         try:
             while reports:
                 self._send_report(*reports.popitem())
             while outcomes:
                 call, reply, error, seconds = outcomes.popleft()
-                if error is not None and call.reply is None:
-                    reply = self._explain(call.function, call.id_json, error)
-                self._finish(call, reply, error is not None, seconds)
+                lane.occupied -= 1
+                self.ended += 1
+                if call.terms is not NO_TERMS or call.function.timeout is not None:
+                    self._deadlines.forget(call)
+                failed = error is not None or call.reply is not None
+                self._slot.finish(failed, seconds)
+                if call.reply is None:
+                    if error is not None:
+                        reply = self._explain(call.function, call.id_json, error)
+                elif call in self._stuck:
+                    self._stuck.discard(call)
+                self._finish(call, reply)
         finally:
             self.is_delivering = False
             self.on_delivered()
+        if self.pool is not None:
+            self._look_around(self.pool)
+        self._rest()
+
+    def _look_around(self, pool: Pool) -> None:
+        """Take note that threads have become free, and think of those who wait elsewhere."""
+        if self.lane.reopens():
+            pool.freed()
+        if pool.waits() and self.lane.asks():
+            pool.ask()
 
     def _send_report(self, call: Call, line: bytes) -> None:
         if call.reply is None and call.send_progress is not None:

@@ -308,8 +308,9 @@ class Registry:
         return function
 
     def add(self, function: Function) -> None:
-        """Register one of the daemon's own functions."""
+        """Register one of the daemon's own functions, which a task may replace."""
         self._functions[function.name] = function
+        self._built_in.add(function.name)
 
     def add_module(self, module: ModuleType) -> int:
         """

@@ -1,18 +1,54 @@
 """
-The framing that both ends share: lines ended by a line feed.
+The framing that both ends share: lines ended by a line feed, and how they leave.
 
-No meaning here: what a line says is for the session and the client.
+No meaning here: what a line says is for the session, the client and the link.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 from twisted.protocols.basic import LineReceiver
 
-__all__ = ["LongLineReceiver", "OneConnection"]
+__all__ = ["EagerWrites", "LongLineReceiver", "OneConnection"]
+
+
+class EagerWrites:
+    """
+    Makes a transport of Twisted's send at once what the kernel takes.
+
+    Twisted's own asks epoll to tell when it may write, which it may, nearly
+    always: two system calls and a round of the reactor for each reply. Put it
+    in front of a ``tcp.Connection``.
+    """
+
+    _tempDataBuffer: list[bytes]  # noqa: N815
+    _tempDataLen: int  # noqa: N815
+    dataBuffer: bytes  # noqa: N815
+    connected: Any
+    socket: Any
+
+    @property
+    def has_unsent(self) -> bool:
+        """Tell whether something waits until the kernel takes it."""
+        return bool(self._tempDataBuffer or self.dataBuffer)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Tell how much waits."""
+        return len(self.dataBuffer) + self._tempDataLen
+
+    def write(self, data: bytes) -> None:
+        """Send now if nothing waits before it; what the kernel does not take goes Twisted's way."""
+        if not self._tempDataBuffer and not self.dataBuffer and self.connected:
+            # If it is full, or gone, the reactor will find out which.
+            with contextlib.suppress(OSError):
+                data = data[self.socket.send(data) :]
+        if data:
+            super().write(data)  # type: ignore[misc]
 
 
 class LongLineReceiver(LineReceiver):
@@ -34,6 +70,11 @@ class LongLineReceiver(LineReceiver):
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._pieces_bytes = 0
+
+    @property
+    def unread(self) -> bytes:
+        """Give what was received and not yet given to ``lineReceived``."""
+        return b"".join(self._pieces) + self._buffer
 
     @property
     def is_mid_line(self) -> bool:
@@ -65,7 +106,7 @@ class LongLineReceiver(LineReceiver):
             lines[0] = b"".join([*self._pieces, lines[0]])
             self._forget_pieces()
         for number, line in enumerate(lines, 1):
-            if len(line) > self.MAX_LENGTH:
+            if len(line) > self.MAX_LENGTH and len(line.rstrip(b"\r")) > self.MAX_LENGTH:
                 self.lineLengthExceeded(line)  # type: ignore[no-untyped-call]
                 return False
             self.lineReceived(line)  # type: ignore[no-untyped-call]
@@ -77,7 +118,7 @@ class LongLineReceiver(LineReceiver):
         if rest:
             self._pieces.append(rest)
             self._pieces_bytes += len(rest)
-            if self._pieces_bytes > self.MAX_LENGTH:
+            if self._pieces_bytes > self.MAX_LENGTH + rest.endswith(b"\r"):
                 too_long = b"".join(self._pieces)
                 self._forget_pieces()
                 self.lineLengthExceeded(too_long)  # type: ignore[no-untyped-call]

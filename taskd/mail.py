@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import smtplib
 import ssl
+from contextlib import suppress
 from email.errors import MessageError
 from email.message import EmailMessage
 from email.utils import formataddr, formatdate, getaddresses, make_msgid, parseaddr
@@ -96,8 +97,13 @@ class Mailer:
         except OSError as error:
             where = f"{self._smtp.host}:{self._smtp.port}"
             raise ConnectionError(f"the mail server {where}: {error}") from error
-        with server:
+        try:
             refused = server.send_message(mail, to_addrs=recipients)
+            # The mail is sent: whatever the server says to our goodbye, it is not to be sent again.
+            with suppress(smtplib.SMTPException, OSError):
+                server.quit()
+        finally:
+            server.close()
         return {
             "message_id": mail["Message-ID"],
             "refused": {

@@ -1,5 +1,5 @@
 """
-The arithmetic of waiting: accepting, restarting, reconnecting.
+The arithmetic of waiting: accepting, restarting, reconnecting, trying again.
 
 Pure functions and one small record; time and dice are arguments. Nothing here
 waits, and nothing here knows what waits for it.
@@ -19,7 +19,10 @@ __all__ = [
     "Births",
     "accept_pause",
     "connection_ceiling",
+    "is_hung",
+    "jittered",
     "reconnect_delay",
+    "retry_after",
 ]
 
 FREE_ACCEPTS: Final = 8
@@ -36,6 +39,18 @@ RESERVED_FDS: Final = 64
 
 YOUNG_SECONDS: Final = 1.0
 """A worker that dies younger than this died of its start, not of its work."""
+
+_HUNG_BEAT_SECONDS: Final = 1.5
+"""Three of a worker's beats: it has not missed them by a busy machine's doing."""
+
+_HUNG_OVERDUE_SECONDS: Final = 0.25
+
+_RETRY_AFTER_FLOOR_SECONDS: Final = 0.1
+_RETRY_AFTER_CEILING_SECONDS: Final = 60.0
+_RETRY_AFTER_UNKNOWN_SECONDS: Final = 1.0
+
+_JITTER_SHARE: Final = 0.2
+"""By so much of itself a worker's limit is lowered at most."""
 
 _BIRTH_DELAY_BASE_SECONDS: Final = 0.1
 _BIRTH_DELAY_CEILING_SECONDS: Final = 30.0
@@ -105,6 +120,58 @@ def reconnect_delay(failures: int, *, base: float, cap: float, jitter: float) ->
         M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
     return jitter * min(cap, base * 2.0 ** min(failures - 1, 64))
+
+
+def is_hung(now: float, beat: float, due: float) -> bool:
+    """
+    Decide whether a worker will not come to its senses by itself.
+
+    Its reactor does not run, and its task's time is over, which a running
+    reactor would have seen to.
+
+    Args:
+        now: CLOCK_MONOTONIC seconds.
+        beat: When its reactor has last run.
+        due: When its task must have ended, or 0.0: it may take as long as it likes.
+    """
+    is_overdue = due != 0.0 and now > due + _HUNG_OVERDUE_SECONDS
+    return is_overdue and now > beat + _HUNG_BEAT_SECONDS
+
+
+def retry_after(waiting: int, rate: float) -> float:
+    """
+    Return how long a caller whose task was refused should stay away.
+
+    As long as the queue takes, at the pace of late, until what waits now has
+    been started.
+
+    Args:
+        waiting: Tasks that wait, from 0.
+        rate: Tasks a second that have left the queue of late, from 0.0; 0.0 if
+            that is unknown.
+
+    Returns:
+        Seconds, from 0.1 to 60.0, rounded to hundredths.
+    """
+    seconds = waiting / rate if rate > 0 else _RETRY_AFTER_UNKNOWN_SECONDS
+    return round(min(_RETRY_AFTER_CEILING_SECONDS, max(_RETRY_AFTER_FLOOR_SECONDS, seconds)), 2)
+
+
+def jittered(limit: int, *, jitter: float) -> int:
+    """
+    Return one worker's own limit, a little below the one that all were given.
+
+    Workers that were forked together and share their work evenly would come to
+    the same limit together, and all be replaced at once.
+
+    Args:
+        limit: What all were given, from 1.
+        jitter: A draw from [0.0, 1.0).
+
+    Returns:
+        From four fifths of *limit*, and 1, to *limit*.
+    """
+    return max(1, limit - int(limit * _JITTER_SHARE * jitter))
 
 
 class Births:

@@ -6,13 +6,21 @@ Linux only, through ctypes. No processes are started here.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 from functools import cache
 from typing import Final
 
-__all__ = ["Title", "adopt_orphans", "die_with_parent"]
+__all__ = [
+    "Title",
+    "adopt_orphans",
+    "describe_end",
+    "die_with_parent",
+    "reap_others",
+    "resident_bytes",
+]
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
@@ -54,6 +62,17 @@ def adopt_orphans() -> None:
         prctl(2), PR_SET_CHILD_SUBREAPER.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def resident_bytes() -> int:
+    """
+    Tell how much memory this process has resident.
+
+    Source:
+        proc(5): /proc/pid/statm, second field, in pages.
+    """
+    with open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Title:
@@ -99,3 +118,31 @@ class Title:
         self._memory[:] = head.ljust(size + 1, b"\0")
         _prctl(_PR_SET_NAME, head[:15])
         return self._memory[len(head) : min(size, len(head) + width)]
+
+
+def describe_end(status: int) -> str:
+    """
+    Say how a process ended.
+
+    Args:
+        status: Its wait status, as ``os.waitpid`` gives it.
+    """
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        hint = "; out of memory?" if number == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(number).name}{hint}"
+    return f"exited with status {os.WEXITSTATUS(status)}"
+
+
+def reap_others(known: set[int]) -> None:
+    """
+    Reap the dead children of this process that nobody waits for.
+
+    Args:
+        known: The pids of those that somebody does.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if dead.si_pid in known:
+                break  # it is about to be
+            os.waitpid(dead.si_pid, 0)

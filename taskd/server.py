@@ -6,27 +6,51 @@ What a line means is the session's; who accepts connections is ``accept``'s.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from taskd.errors import CallError
+from taskd.errors import CallError, Malformed, Overloaded
 from taskd.executor import Executor, Loop
 from taskd.functions import Registry
 from taskd.lines import LongLineReceiver
 from taskd.scoreboard import Slot
 from taskd.session import Session
+from taskd.settings import Settings
 
-__all__ = ["TaskProtocol", "TaskServerFactory"]
+__all__ = ["Move", "TaskProtocol", "TaskServerFactory"]
+
+Move = Callable[[Any, bytes], bool]
+"""Takes a socket, and what was read from it; tells whether another worker has it now."""
 
 _LINGER_SECONDS: Final = 2.0
 """How long a peer may go on sending what nobody reads before it is cut off."""
+
+_STILL_SECONDS: Final = 0.05
+_BETWEEN_STILLS_SECONDS: Final = 0.1
+_LONGEST_BETWEEN_STILLS_SECONDS: Final = 5.0
+
+_HANG_UP_SECONDS: Final = 30.0
+"""How long a peer may take over reading our last words."""
+
+_MOST_UNSENT_BYTES: Final = 64 * 1024
+"""A peer that leaves more than this unread is not read from meanwhile."""
+
+_REPLIES_AT_ONCE: Final = 64
+
+# Why a connection is not read from.
+_FULL: Final = 1
+_STILL: Final = 2
+_UNREAD: Final = 4
+
+_REFUSED_RETRY_SECONDS: Final = 1.0
 
 
 @implementer(IHalfCloseableProtocol)
@@ -41,9 +65,17 @@ class TaskProtocol(LongLineReceiver):
 
     def __init__(self, factory: TaskServerFactory) -> None:
         super().__init__()
-        self.MAX_LENGTH = factory.max_line_bytes
+        settings = factory.settings
+        self.MAX_LENGTH = settings.max_line_bytes
         self._factory = factory
-        self._session = Session(factory.functions, factory.executor, self._write, self._hang_up)
+        self._session = Session(
+            factory.functions,
+            factory.executor,
+            self._write,
+            self._hang_up,
+            self._hold_while_full,
+            settings.max_in_flight,
+        )
         # One call less for each line.
         self.lineReceived = self._session.receive  # type: ignore[method-assign]
         self._replies: list[bytes] = []
@@ -51,15 +83,29 @@ class TaskProtocol(LongLineReceiver):
         self._linger: IDelayedCall | None = None
         self._has_peer_ended = False
         self._is_hanging_up = False
+        self._is_silent = True
+        self._holds = 0
 
     def connectionMade(self) -> None:
-        """Join the factory's connections."""
+        """Join the factory's connections, if there is room."""
         self._factory.joined(self)
+        if self._factory.is_crowded():
+            self._session.turn_away(
+                Overloaded(
+                    "as many connections are open as --max-connections allows",
+                    retry_after=_REFUSED_RETRY_SECONDS,
+                )
+            )
 
     def dataReceived(self, data: bytes) -> None:
         """Take what came; replies that are ready at once leave in one write."""
         if self._is_hanging_up:
             return
+        if self._is_silent and b"\n" in data:
+            self._is_silent = False
+            self._factory.spoke(self)
+        if self._factory.settings.idle_seconds is not None:
+            self._factory.stirred(self)
         self._is_receiving = True
         try:
             super().dataReceived(data)
@@ -75,6 +121,12 @@ class TaskProtocol(LongLineReceiver):
         if replies:
             self.transport.write(b"".join(replies) if len(replies) > 1 else replies[0])
             replies.clear()
+            if getattr(self.transport, "unsent_bytes", 0) > _MOST_UNSENT_BYTES:
+                self.transport.on_sent = self._read_on
+                self._hold(_UNREAD, True)
+
+    def _read_on(self) -> None:
+        self._hold(_UNREAD, False)
 
     def lineLengthExceeded(self, line: bytes) -> None:
         """Answer, then hang up; the rest of the line is never kept."""
@@ -89,7 +141,7 @@ class TaskProtocol(LongLineReceiver):
 
     def writeConnectionLost(self) -> None:
         """Give the peer, who has our last word now, a moment (``IHalfCloseableProtocol``)."""
-        self._linger = self._factory.loop.callLater(_LINGER_SECONDS, self.transport.abortConnection)
+        self._cut_off_after(_LINGER_SECONDS)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Leave the factory's connections; what runs goes on."""
@@ -106,9 +158,62 @@ class TaskProtocol(LongLineReceiver):
         """End every call in flight with an error."""
         self._session.abandon(error)
 
+    @property
+    def is_owed_something(self) -> bool:
+        """Tell whether a request still waits for its reply."""
+        return self._session.owes_replies
+
+    def expire(self, reason: str) -> None:
+        """Hang up on a peer that has been silent for too long, and do not wait for it."""
+        if reason:
+            self._session.turn_away(Malformed(reason))
+        else:
+            self.transport.loseConnection()
+        self._cut_off_after(_LINGER_SECONDS)
+
+    def _cut_off_after(self, seconds: float) -> None:
+        """Do not wait for a peer for ever; what was waited before counts no longer."""
+        if self._linger is not None and self._linger.active():
+            self._linger.cancel()
+        self._linger = self._factory.loop.callLater(seconds, self.transport.abortConnection)
+
+    # Going on at another worker.
+
+    def pass_on(self) -> None:
+        """Have every task run elsewhere from now on, and go there when nothing is owed."""
+        self._session.on_quiet = self.move
+        self._session.pass_on()
+        self.move()
+
+    def move(self) -> None:
+        """Go to another worker, if nothing is owed here."""
+        move, give_away = self._factory.move, getattr(self.transport, "give_away", None)
+        if move is None or give_away is None or self._has_peer_ended or self._is_hanging_up:
+            return
+        self.flush()
+        if self._session.can_move:
+            give_away(lambda socket: move(socket, self.unread))
+
+    def hold_still(self, is_on: bool) -> None:
+        """Read nothing for a moment, so that a peer who always asks may be owed nothing once."""
+        self._hold(_STILL, is_on)
+
+    def _hold_while_full(self, is_on: bool) -> None:
+        self._hold(_FULL, is_on)
+
+    def _hold(self, reason: int, is_on: bool) -> None:
+        before = self._holds
+        self._holds = before | reason if is_on else before & ~reason
+        if self._holds and not before:
+            self.pauseProducing()  # type: ignore[no-untyped-call]
+        elif before and not self._holds:
+            self.resumeProducing()  # type: ignore[no-untyped-call]
+
     def _write(self, line: bytes) -> None:
         self._replies.append(line)
         if self._is_receiving:
+            if len(self._replies) >= _REPLIES_AT_ONCE:
+                self.flush()
             return
         if self._factory.executor.is_delivering:
             self._factory.unflushed.add(self)
@@ -125,6 +230,7 @@ class TaskProtocol(LongLineReceiver):
         """
         self.flush()
         self._is_hanging_up = True
+        self._cut_off_after(_HANG_UP_SECONDS)
         half_close = getattr(self.transport, "loseWriteConnection", None)
         if self._has_peer_ended or half_close is None:  # TLS has no half of a close
             self.transport.loseConnection()
@@ -141,9 +247,13 @@ class TaskServerFactory(Factory):
         functions: What may be called.
         executor: What runs it.
         slot: Where the worker shows what it does.
-        max_line_bytes: Longest request line, from 1.
+        settings: What the operator decided.
+        open_everywhere: Tells how many connections all workers hold.
+        clock: Gives seconds that never go back.
 
     Attributes:
+        move: Where connections go once they are passed on.
+        on_empty: Called when the last connection has gone.
         on_room: Called when a connection has gone, for who waits for room.
         unflushed: Connections that have replies of the batch that is being delivered.
     """
@@ -156,16 +266,24 @@ class TaskServerFactory(Factory):
         functions: Registry,
         executor: Executor,
         slot: Slot,
-        max_line_bytes: int,
+        settings: Settings,
+        open_everywhere: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.loop = loop
         self.functions = functions
         self.executor = executor
-        self.max_line_bytes = max_line_bytes
+        self.settings = settings
         self.on_room: Callable[[], None] = lambda: None
+        self.on_empty: Callable[[], None] = lambda: None
+        self.move: Move | None = None
         self._slot = slot
+        self._open_everywhere = open_everywhere
+        self._clock = clock
         self._connections: set[TaskProtocol] = set()
-        self._empty: Deferred[None] | None = None
+        # Both in the order of their times, so that only the first has to be looked at.
+        self._silent_since: dict[TaskProtocol, float] = {}
+        self._still_since: dict[TaskProtocol, float] = {}
         self.unflushed: set[TaskProtocol] = set()
         executor.on_delivered = self._flush
 
@@ -182,36 +300,100 @@ class TaskServerFactory(Factory):
         """Make the protocol of a new connection."""
         return TaskProtocol(self)
 
+    def is_crowded(self) -> bool:
+        """Tell whether there are more connections than the operator allows."""
+        most = self.settings.max_connections
+        return most is not None and self._open_everywhere() > most
+
     def joined(self, connection: TaskProtocol) -> None:
         """Count a connection that came."""
         self._connections.add(connection)
+        self._silent_since[connection] = self._clock()
         self._slot.connected(len(self._connections))
+
+    def spoke(self, connection: TaskProtocol) -> None:
+        """Take note of a connection's first line."""
+        self._silent_since.pop(connection, None)
+
+    def stirred(self, connection: TaskProtocol) -> None:
+        """Take note that a connection is in use."""
+        self._still_since.pop(connection, None)
+        self._still_since[connection] = self._clock()
 
     def left(self, connection: TaskProtocol) -> None:
         """Count a connection that went."""
         self._connections.discard(connection)
+        self._silent_since.pop(connection, None)
+        self._still_since.pop(connection, None)
         self._slot.disconnected(len(self._connections))
         self.on_room()
-        if self._empty is not None and not self._connections:
-            self._empty.callback(None)
-
-    def drain(self) -> Deferred[None]:
-        """
-        Close every connection once it is owed nothing.
-
-        Call it once.
-
-        Returns:
-            Fires with None when the last one is closed.
-        """
         if not self._connections:
-            return succeed(None)
-        self._empty = Deferred()
+            self.on_empty()
+
+    def sweep(self) -> None:
+        """Hang up on those who have been silent for too long."""
+        now = self._clock()
+        seconds = self.settings.first_line_seconds
+        for connection in _overdue(self._silent_since, now - seconds):
+            connection.expire(f"no request came within {seconds:g} s")
+        if self.settings.idle_seconds is not None:
+            for connection in _overdue(self._still_since, now - self.settings.idle_seconds):
+                if connection.is_owed_something:
+                    self.stirred(connection)
+                else:
+                    connection.expire("")
+
+    def drain(self) -> None:
+        """Close every connection once it is owed nothing."""
         for connection in list(self._connections):
             connection.drain()
-        return self._empty
+
+    def pass_on(self, move: Move) -> None:
+        """
+        Have every connection go on at another worker.
+
+        One that is owed nothing goes at once. One whose peer always asks for
+        more is held still now and then, for a moment, and goes when that comes
+        to its last reply; meanwhile its tasks are run elsewhere.
+
+        Args:
+            move: Where to.
+        """
+        self.move = move
+        for connection in list(self._connections):
+            connection.pass_on()
+        self._hold_still(_BETWEEN_STILLS_SECONDS)
+
+    def _hold_still(self, pause: float) -> None:
+        if not self._connections:
+            return
+        held = list(self._connections)
+        for connection in held:
+            connection.move()
+            connection.hold_still(True)
+        self.loop.callLater(_STILL_SECONDS, self._let_go, held, pause)
+
+    def _let_go(self, held: list[TaskProtocol], pause: float) -> None:
+        for connection in self._connections.intersection(held):
+            connection.hold_still(False)
+        longer = min(_LONGEST_BETWEEN_STILLS_SECONDS, 2 * pause)
+        self.loop.callLater(pause, self._hold_still, longer)
+
+    def cut_off(self) -> None:
+        """Close every connection that is owed nothing but what its peer does not read."""
+        for connection in list(self._connections):
+            if not connection.is_owed_something:
+                connection.transport.abortConnection()
 
     def abandon(self, error: CallError) -> None:
         """End every call in flight with an error, on every connection."""
         for connection in list(self._connections):
             connection.abandon(error)
+
+
+def _overdue(since: dict[TaskProtocol, float], oldest: float) -> list[TaskProtocol]:
+    """Take out those whose time is before *oldest*; they stand first."""
+    found = list(itertools.takewhile(lambda item: since[item] < oldest, since))
+    for connection in found:
+        del since[connection]
+    return found

@@ -13,14 +13,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from twisted.internet.defer import Deferred
 
 from taskd.call import Call
 from taskd.errors import CallError, Cancelled, LineTooLong, Malformed, ShuttingDown
 from taskd.functions import Function, Kind, Registry
-from taskd.wire import ABSENT, decode_request, encode, encode_error, encode_result
+from taskd.wire import (
+    ABSENT,
+    NO_TERMS,
+    Args,
+    Terms,
+    decode_request,
+    encode,
+    encode_error,
+    encode_result,
+)
 
 __all__ = ["Runner", "Session", "session_functions"]
 
@@ -38,6 +47,7 @@ class Runner(Protocol):
     ) -> bytes | Deferred[Any]: ...
 
     def start(self, call: Call, pending: Deferred[Any] | None, /) -> None: ...  # noqa: D102
+    def send_on(self, call: Call, /) -> None: ...  # noqa: D102
 
 
 class Session:
@@ -50,6 +60,11 @@ class Session:
         write: Takes whole lines for the peer.
         hang_up: Closes the connection once all that was written is out. Called
             at most once, and not by the session after ``lost``.
+        hold: Takes whether to stop reading; what has been read may still come.
+        max_in_flight: How many calls may be in flight before it is called.
+
+    Attributes:
+        on_quiet: Called when nothing is owed any more, once the session is passed on.
     """
 
     def __init__(
@@ -58,16 +73,24 @@ class Session:
         runner: Runner,
         write: Callable[[bytes], None],
         hang_up: Callable[[], None],
+        hold: Callable[[bool], None],
+        max_in_flight: int,
     ) -> None:
         self._find = functions.find
         self._runner = runner
         self._write = write
         self._hang_up = hang_up
+        self._hold = hold
+        self._max_in_flight = max_in_flight
+        self._is_held = False
         self._in_flight: set[Call] = set()
         self._in_order: deque[Call | _Answered] = deque()
         self._is_ending = False
         self._is_draining = False
+        self._is_passed_on = False
+        self._is_late = False
         self._is_gone = False
+        self.on_quiet: Callable[[], None] = lambda: None
 
     @property
     def owes_replies(self) -> bool:
@@ -85,9 +108,9 @@ class Session:
             return
         id_json = ABSENT
         try:
-            name, args, id_json, timeout, wants_progress = decode_request(line)
-            if self._is_draining:
-                raise ShuttingDown("this worker is stopping; send the request again")
+            name, args, id_json, terms = decode_request(line)
+            if self._is_late and self._receive_late(name, args, id_json, terms):
+                return
             function = self._find(name)
             positional, keywords = function.bind(args)
         except Malformed as error:
@@ -98,7 +121,7 @@ class Session:
             self._emit(id_json, encode_error(id_json, error))
             return
         pending = None
-        if function.runs_at_once and timeout is None and not wants_progress:
+        if function.runs_at_once and terms is NO_TERMS:
             outcome = self._runner.call_now(function, positional, keywords, id_json)
             if isinstance(outcome, bytes):
                 if id_json or not self._in_order:
@@ -111,21 +134,53 @@ class Session:
             result = function.call(self, *positional, **keywords)
             self._emit(id_json, encode_result(id_json, result))
             return
-        if function.timeout is not None and (timeout is None or function.timeout < timeout):
-            timeout = function.timeout
-        send_progress = self._send_progress if wants_progress else None
-        call = Call(function, positional, keywords, id_json, timeout, self._ended, send_progress)
+        call = self._open(function, positional, keywords, id_json, terms)
+        self._runner.start(call, pending)
+
+    def _open(
+        self,
+        function: Function,
+        positional: list[Any],
+        keywords: dict[str, Any],
+        id_json: str,
+        terms: Terms,
+    ) -> Call:
+        """Make a call whose reply is owed from now on."""
+        send_progress = self._send_progress if terms.wants_progress else None
+        call = Call(function, positional, keywords, id_json, terms, self._ended, send_progress)
         self._in_flight.add(call)
         if not id_json:
             self._in_order.append(call)
-        self._runner.start(call, pending)
+        if len(self._in_flight) >= self._max_in_flight and not self._is_held:
+            self._is_held = True
+            self._hold(True)
+        return call
+
+    def _receive_late(self, name: str, args: Args, id_json: str, terms: Terms) -> bool:
+        """
+        Take a request that is not to be run here; tell whether that was done.
+
+        Another worker, of newer code perhaps, knows what the name stands for.
+        """
+        if self._is_draining:
+            raise ShuttingDown("this worker is stopping; send the request again")
+        if name in _SESSION_NAMES:
+            return False
+        positional, keywords = (args, {}) if type(args) is list else ([], args)
+        function = Function(name, _run_elsewhere, Kind.THREAD)
+        self._runner.send_on(self._open(function, positional, keywords, id_json, terms))  # type: ignore[arg-type]
+        return True
 
     def receive_too_much(self, limit: int) -> None:
         """Answer a line that is longer than *limit* bytes."""
-        if self._is_ending:
-            return
-        error = LineTooLong(f"a line may have {limit} bytes; the daemon's --max-line sets it")
-        self._refuse(ABSENT, error)
+        self.turn_away(
+            LineTooLong(f"a line may have {limit} bytes; the daemon's --max-line sets it")
+        )
+
+    def turn_away(self, error: CallError) -> None:
+        """Answer a peer that may not stay, whatever it sends, and hang up."""
+        if not self._is_ending:
+            self._refuse(ABSENT, error)
 
     def receive_end(self, is_mid_line: bool) -> None:
         """
@@ -141,12 +196,27 @@ class Session:
 
     def drain(self) -> None:
         """Start nothing more; hang up when nothing is owed."""
-        self._is_draining = True
+        self._is_draining = self._is_late = True
         self._hang_up_if_done()
 
+    def pass_on(self) -> None:
+        """Have every task that comes from now on run by another worker."""
+        self._is_passed_on = self._is_late = True
+
+    @property
+    def can_move(self) -> bool:
+        """Tell whether nothing of the conversation is here but what has not been read."""
+        return not (self._in_flight or self._in_order or self._is_ending)
+
     def lost(self) -> None:
-        """Take it that the connection is gone; tasks go on, their replies are dropped."""
+        """
+        Take it that the connection is gone.
+
+        Tasks go on, unless their callers wanted otherwise; their replies are dropped.
+        """
         self._is_gone = self._is_ending = True
+        for call in [c for c in self._in_flight if c.terms.ends_with_caller]:
+            call.fail(Cancelled(f"the connection of {call.function.name}'s caller has ended"))
 
     def abandon(self, error: CallError) -> None:
         """End every call in flight with an error."""
@@ -180,7 +250,14 @@ class Session:
             self._write(call.reply)
         else:
             self._write_in_order()
-        self._hang_up_if_done()
+        # Half of them: whoever stops for every line splits what has been read each time.
+        if self._is_held and 2 * len(self._in_flight) <= self._max_in_flight:
+            self._is_held = False
+            self._hold(False)
+        if not self._in_flight:
+            self._hang_up_if_done()
+            if self._is_passed_on:
+                self.on_quiet()
 
     def _emit(self, id_json: str, reply: bytes) -> None:
         if id_json or not self._in_order:
@@ -211,6 +288,13 @@ class _Answered:
 
     def __init__(self, reply: bytes) -> None:
         self.reply = reply
+
+
+def _run_elsewhere(*args: Any, **keywords: Any) -> None:
+    """Stand for a function that another worker knows."""
+
+
+_SESSION_NAMES: Final = frozenset({"taskd.cancel"})
 
 
 def session_functions() -> list[Function]:

@@ -69,6 +69,16 @@ class Settings:
         threads: Blocking tasks that one worker runs at a time, 1 to 100.
         max_line_bytes: Longest request line, from 1024.
         grace_seconds: How long running tasks may go on at a stop, from 0.
+        backlog: How many tasks may wait for a free worker, from 0.
+        max_in_flight: Calls that one connection may have in flight, from 1.
+        max_connections: Connections that all workers hold together, from 1, or
+            None: as many as their file descriptors allow.
+        first_line_seconds: How long a connection may stay without a complete
+            line, above 0.
+        idle_seconds: How long a connection may stay without a request and
+            without a task in flight, above 0, or None: for ever.
+        max_tasks: Tasks after which a worker is replaced, from 1, or None.
+        max_rss_bytes: Resident memory above which a worker is replaced, or None.
         debug: True: a task's traceback is sent to its caller.
         smtp: Where ``send_mail`` delivers to, or None.
     """
@@ -81,6 +91,13 @@ class Settings:
     threads: int = 1
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
     grace_seconds: float = 30.0
+    backlog: int = 10_000
+    max_in_flight: int = 1024
+    max_connections: int | None = None
+    first_line_seconds: float = 30.0
+    idle_seconds: float | None = None
+    max_tasks: int | None = None
+    max_rss_bytes: int | None = None
     debug: bool = False
     smtp: SmtpSettings | None = None
 
@@ -90,6 +107,14 @@ class Settings:
         _check_range("--threads", self.threads, 1, 100)
         _check_range("--max-line", self.max_line_bytes, 1024, 1024**3)
         _check_range("--grace", self.grace_seconds, 0, 86400)
+        _check_range("--backlog", self.backlog, 0, 1_000_000)
+        _check_range("--max-in-flight", self.max_in_flight, 1, 1_000_000)
+        _check_range("--max-connections", self.max_connections, 1, 10_000_000)
+        _check_range("--first-line-timeout", self.first_line_seconds, 0.1, 86400)
+        _check_range("--idle-timeout", self.idle_seconds, 0.1, 10 * 86400)
+        _check_range("--max-tasks", self.max_tasks, 1, 10**12)
+        if self.max_rss_bytes is not None:
+            _check_range("--max-rss", self.max_rss_bytes / 2**20, 1, 2**30)
         for name in self.task_modules:
             if not name.endswith(".py") and not _MODULE.fullmatch(name):
                 raise SettingsError(
@@ -113,6 +138,6 @@ class Settings:
         )
 
 
-def _check_range(option: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
+def _check_range(option: str, value: float | None, least: float, most: float) -> None:
+    if value is not None and not least <= value <= most:
         raise SettingsError(f"{option}: a number from {least} to {most}, not {value}")

@@ -1,19 +1,18 @@
 """
-The supervisor: bind the ports, spawn the zygote, keep N workers alive, stop them.
+The supervisor: bind the ports, keep N workers alive, stop them.
 
 It runs in the twistd process. It never runs a task and never imports a task
 module, so nothing that a task does can take it down. How soon something is
-started again is decided in ``policy``; what a worker does is ``worker``'s.
+started again is decided in ``policy``; which worker gets a task that found none
+free, in ``dispatcher``; what a worker does is ``worker``'s.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import signal
-import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -23,65 +22,31 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from taskd.children import Worker, Zygote
+from taskd.dispatcher import Dispatcher
 from taskd.errors import StartFailed
-from taskd.lines import OneConnection
-from taskd.policy import YOUNG_SECONDS, Births
-from taskd.process import Title, adopt_orphans
-from taskd.scoreboard import Scoreboard
+from taskd.lines import LongLineReceiver
+from taskd.link import adopt_link
+from taskd.listening import bind
+from taskd.policy import YOUNG_SECONDS, Births, is_hung
+from taskd.process import Title, adopt_orphans, describe_end, reap_others
+from taskd.removals import Removals
+from taskd.scoreboard import Scoreboard, SupervisorSlot
 from taskd.settings import Settings
+from taskd.states import Cause
+from taskd.zygotes import Zygotes
 
-__all__ = ["Supervisor", "bind"]
+__all__ = ["Supervisor"]
 
-_BACKLOG: Final = 4096
-"""Connections that the kernel holds until a worker accepts; net.core.somaxconn caps it."""
+_BACKLOG_BYTES: Final = 256 * 1024 * 1024
+"""Requests that wait may have so many bytes together: they lie in the supervisor's memory."""
+
+_WATCH_SECONDS: Final = 0.1
+"""How often workers are looked at, and the queue."""
 
 _KILL_AFTER_GRACE_SECONDS: Final = 2.0
 _KILL_AFTER_LINK_SECONDS: Final = 1.0
+_KILL_AFTER_STACK_SECONDS: Final = 0.1
 _STRAYS_SECONDS: Final = 5.0
-
-
-def bind(interface: str, port: int) -> socket.socket:
-    """
-    Make the listening socket that all workers share.
-
-    A plain socket, never a Twisted ``Port``: closing one of those shuts the
-    socket down for every process that has it.
-
-    Args:
-        interface: A numeric address, IPv4 or IPv6, or a host name.
-        port: 0 to 65535.
-
-    Returns:
-        The socket, listening and not blocking.
-
-    Raises:
-        StartFailed: It cannot be had; the message says why.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            interface, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise StartFailed(f"--interface {interface}: {why}") from None
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # What is accepted inherits it: replies are whole, waiting could only delay them.
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listening.bind(address)
-        listening.listen(_BACKLOG)
-    except OSError as error:
-        listening.close()
-        reasons = {
-            errno.EADDRINUSE: "another process listens there",
-            errno.EACCES: "not allowed; ports below 1024 need a privilege",
-            errno.EADDRNOTAVAIL: "this machine has no such address",
-        }
-        why = reasons.get(error.errno or 0, error.strerror)
-        raise StartFailed(f"cannot listen on {interface} port {port}: {why}") from None
-    listening.setblocking(False)
-    return listening
 
 
 class Supervisor(Service):
@@ -91,26 +56,39 @@ class Supervisor(Service):
     Args:
         settings: What the operator decided.
         reactor: Spawns the zygote, carries the links, keeps the delays.
-        clock: Gives seconds that never go back.
+        clock: Gives CLOCK_MONOTONIC seconds.
+        adopt: Lets the reactor carry a link.
+        set_signal: Sets what a signal does, as ``signal.signal``.
+
+    Attributes:
+        clock: As it was given.
+        dispatcher: The pool's queue.
     """
 
     name = "taskd"
     _log = Logger(namespace="taskd.supervisor")
 
     def __init__(
-        self, settings: Settings, reactor: Any, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        reactor: Any,
+        clock: Callable[[], float] = time.monotonic,
+        adopt: Callable[[Any, int, LongLineReceiver], None] = adopt_link,
+        set_signal: Callable[[int, Callable[..., object]], object] = signal.signal,
     ) -> None:
         self._settings = settings
         self._reactor = reactor
-        self._clock = clock
+        self.clock = clock
+        self._adopt = adopt
+        self._set_signal = set_signal
         self._births = Births()
-        self._listening: socket.socket | None = None
-        self._zygote: Zygote | None = None
-        self._zygote_births = Births()
-        self._preload = settings.preload
+        self._listening: Any = None
+        self._zygotes: Zygotes
         self._workers: dict[int, Worker] = {}
-        self._wanted: set[int] = set()
         self._requested: set[int] = set()
+        self._worn: deque[Worker] = deque()
+        self._leaving: list[Worker] = []
+        self._removals = Removals()
         self._started_at = 0.0
         self._has_been_whole = False
         self._stopped: Deferred[None] | None = None
@@ -125,7 +103,7 @@ class Supervisor(Service):
         Raises:
             StartFailed: The port cannot be had.
         """
-        self._started_at = self._clock()
+        self._started_at = self.clock()
         self._listening = bind(self._settings.interface, self._settings.port)
 
     def startService(self) -> None:
@@ -140,14 +118,40 @@ class Supervisor(Service):
         """
         super().startService()  # type: ignore[no-untyped-call]
         adopt_orphans()
-        self._scoreboard_fd = Scoreboard.create(self._settings.procs)
+        settings = self._settings
+        self._scoreboard_fd = Scoreboard.create(settings.procs)
         self._scoreboard = Scoreboard(self._scoreboard_fd)
-        self._scoreboard.slot(0).open(os.getpid(), self._clock())
-        self._scoreboard.slot(0).ready()
-        self._wanted = set(range(1, self._settings.procs + 1))
-        zygote = self._spawn_zygote()
-        zygote.wait_until_loaded()
+        self._slot: SupervisorSlot = self._scoreboard.supervisor_slot()
+        self._slot.open(os.getpid(), self.clock())
+        self._slot.ready()
+        self.dispatcher = Dispatcher(
+            settings.threads,
+            settings.backlog,
+            _BACKLOG_BYTES,
+            self._scoreboard.occupied,
+            self._slot.show_waiting,
+        )
+        if self._listening is None:
+            raise StartFailed("the port was never bound: privilegedStartService was not called")
+        self._zygotes = Zygotes(self, self._reactor, settings, self._slot, self._make_zygote)
+        self._zygotes.start()
+        self._reactor.callLater(_WATCH_SECONDS, self._watch)
+        self._on_signal(signal.SIGHUP, self._zygotes.reload)
         Title("taskd: supervisor")
+
+    def _make_zygote(self, spec: dict[str, Any]) -> Zygote:
+        return Zygote(
+            self._zygotes,
+            self,
+            self._reactor,
+            spec,
+            self._scoreboard_fd,
+            [self._listening],
+            self._adopt,
+        )
+
+    def _on_signal(self, number: signal.Signals, act: Callable[[], None]) -> None:
+        self._set_signal(number, lambda *_: self._reactor.callFromThread(act))
 
     def stopService(self) -> Deferred[None]:
         """
@@ -158,87 +162,52 @@ class Supervisor(Service):
         """
         super().stopService()  # type: ignore[no-untyped-call]
         self._stopped = Deferred()
-        self._wanted.clear()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._on_signal(number, self.hurry)
         if self._listening is not None:
             self._listening.close()
-        if self._zygote is not None and self._zygote.is_loaded:
-            self._zygote.unlisten()
+        self._zygotes.stop()
+        self._removals.close()
         busy = sum(self._scoreboard.slot(w.number).is_working for w in self._workers.values())
-        if busy:
+        if busy or self.dispatcher.waiting:
             self._log.info(
-                "{busy} workers are busy; they get {grace:g} s",
+                "busy workers: {busy}, tasks that wait: {waiting}; they get {grace:g} s",
                 busy=busy,
+                waiting=self.dispatcher.waiting,
                 grace=self._settings.grace_seconds,
             )
         for worker in list(self._workers.values()):
-            worker.drain()
-        self._reactor.callLater(
-            self._settings.grace_seconds + _KILL_AFTER_GRACE_SECONDS, self._kill_all
-        )
+            worker.stop()
+        grace = self._settings.grace_seconds
+        self._reactor.callLater(grace, self.dispatcher.refuse_all)
+        self._reactor.callLater(grace + _KILL_AFTER_GRACE_SECONDS, self._kill_all)
         self._check_stopped()
         return self._stopped
 
-    # The zygote.
+    def hurry(self) -> None:
+        """Stop now, without waiting for the tasks that run."""
+        if self._stopped is not None:
+            self._log.warn("told again to stop: what runs is killed")
+            self._kill_all()
 
-    def _spawn_zygote(self) -> Zygote:
-        if self._listening is None:
-            raise StartFailed("the port was never bound: privilegedStartService was not called")
-        spec = {
-            "boot": "taskd.worker",
-            "directory": os.getcwd(),
-            "preload": self._preload,
-            "settings": self._settings.to_json(),
-            "listening": 1,
-            "grace_seconds": self._settings.grace_seconds,
-        }
-        self._zygote = Zygote(self, self._reactor, spec, self._scoreboard_fd, [self._listening])
-        return self._zygote
+    def zygote_loaded(self, is_reload: bool) -> None:
+        """Have the workers forked that are missing; after a reload, all."""
+        if is_reload:
+            for worker in list(self._workers.values()):
+                self._wear_out(worker, Cause.RELOAD)
+        self._fill()
 
-    def zygote_loaded(self, zygote: Zygote) -> None:
-        """Have the loaded zygote fork every worker that is wanted and not there."""
-        zygote.loaded_at = self._clock()
-        self._fork(zygote, self._wanted)
-
-    def zygote_cannot_preload(self, reason: str) -> None:
-        """Remember, for every zygote to come, that the task modules cannot be shared."""
-        self._log.warn("{reason}: each worker imports them after its fork", reason=reason)
-        self._preload = False
-
-    def zygote_failed(self, zygote: Zygote, reason: str) -> None:
-        """Let a zygote go that could not import the task modules; the next one tries again."""
-        self._log.error("the zygote cannot start: {reason}", reason=reason)
-        zygote.dismiss()
-
-    def zygote_gone(self, zygote: Zygote, status: int) -> None:
-        """Replace a zygote that died; the workers serve on, as children of this process."""
-        self._zygote = None
-        self._requested.clear()
+    def zygote_gone(self, zygote: Zygote, is_current: bool) -> None:
+        """Become the parent of a dead zygote's workers, which serve on."""
+        if is_current:
+            self._requested.clear()
         for worker in list(self._workers.values()):  # one that is dead is reaped at once
-            worker.await_death()
+            if worker.zygote is zygote:
+                worker.await_death()
         if self._stopped is not None:
             self._check_stopped()
-            return
-        delay = self._zygote_births.died(zygote.lived_seconds(self._clock()))
-        self._log.error(
-            "the zygote (pid {pid}) {died}; another one starts in {delay:g} s",
-            pid=zygote.pid,
-            died=_describe(status),
-            delay=delay,
-        )
-        self._reactor.callLater(delay, self._respawn_zygote)
-        self._reap_strays()
-
-    def _respawn_zygote(self) -> None:
-        if self._stopped is not None:
-            return
-        try:
-            self._spawn_zygote().begin()
-        except OSError as error:
-            delay = self._zygote_births.died(0.0)
-            self._log.error(
-                "no zygote can be spawned: {why}; next try in {delay:g} s", why=error, delay=delay
-            )
-            self._reactor.callLater(delay, self._respawn_zygote)
+        else:
+            self._reap_strays()
 
     def _reap_strays(self) -> None:
         """
@@ -247,12 +216,7 @@ class Supervisor(Service):
         Such a process becomes a child of this one, and Twisted reaps only what
         it has spawned itself.
         """
-        known = {*self._workers, self._zygote and self._zygote.pid}
-        with contextlib.suppress(ChildProcessError):
-            while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                if dead.si_pid in known:
-                    break  # Twisted is about to
-                os.waitpid(dead.si_pid, 0)
+        reap_others({*self._workers, *(zygote.pid for zygote in self._zygotes.all())})
         if self._strays is None or not self._strays.active():
             self._strays = self._reactor.callLater(_STRAYS_SECONDS, self._reap_strays)
 
@@ -261,14 +225,16 @@ class Supervisor(Service):
     def worker_forked(self, zygote: Zygote, number: int, pid: int, fd: int) -> None:
         """Take in a worker that a zygote has forked."""
         self._requested.discard(number)
-        worker = Worker(self, number, pid)
+        worker = Worker(self, zygote, number, pid)
         self._workers[pid] = worker
-        self._reactor.adoptStreamConnection(fd, socket.AF_UNIX, OneConnection(worker))
+        self._adopt(self._reactor, fd, worker)
         os.close(fd)
-        if zygote is not self._zygote:  # these were its last words
+        if zygote not in self._zygotes.all():  # these were its last words
             worker.await_death()
         if self._stopped is not None:
-            worker.drain()
+            worker.stop()
+        elif not self._zygotes.is_latest(zygote):
+            self._wear_out(worker, Cause.RELOAD)
 
     def worker_not_forked(self, number: int, reason: str) -> None:
         """Try again later what the kernel refused."""
@@ -280,43 +246,91 @@ class Supervisor(Service):
             reason=reason,
             delay=delay,
         )
-        self._reactor.callLater(delay, self._replace, number)
+        self._reactor.callLater(delay, self._fill)
 
     def worker_ready(self, worker: Worker) -> None:
-        """Take note that a worker accepts."""
-        worker.ready_at = self._clock()
+        """Have a worker that accepts take the place of one that is to go."""
+        worker.ready_at = self.clock()
+        if self._stopped is not None:
+            return
+        self.dispatcher.join(worker, self.clock())
+        if worker.cause is None:
+            self._retire_one()
+        self._house()
         if not self._has_been_whole:
-            ready = sum(w.ready_at is not None for w in self._workers.values())
-            if ready == self._settings.procs and self._listening and self._stopped is None:
+            ready = sum(w.serves for w in self._workers.values())
+            if ready == self._settings.procs and self._listening is not None:
                 self._has_been_whole = True
                 self._log.info(
                     "{procs} workers serve {address} after {seconds:.2f} s",
                     procs=ready,
                     address="{} port {}".format(*self._listening.getsockname()[:2]),
-                    seconds=self._clock() - self._started_at,
+                    seconds=self.clock() - self._started_at,
                 )
+
+    def worker_worn(self, worker: Worker, cause: Cause) -> None:
+        """Have a worker replaced that asks for it."""
+        if self._stopped is None:
+            self._wear_out(worker, cause)
+            if cause is Cause.TIME_LIMIT:
+                self.dispatcher.close(worker)  # it has no thread for what it would be given
+            self._fill()
+
+    def _wear_out(self, worker: Worker, cause: Cause) -> None:
+        """Count no longer on a worker; it retires when its successor accepts."""
+        if worker.cause is None and not worker.is_gone:
+            worker.cause = cause
+            self._worn.append(worker)
+            self._slot.count_restart(cause)
+
+    def _retire_one(self) -> None:
+        while self._worn:
+            worker = self._worn.popleft()
+            if not worker.is_gone:
+                self.dispatcher.close(worker)
+                worker.retire()
+                return
+
+    def worker_leaving(self, worker: Worker) -> None:
+        """Let a worker go that has nothing left to do, unless it may be needed for what waits."""
+        self._leaving.append(worker)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        # While all stop, nobody will come after those who leave.
+        if self._stopped is not None and self.dispatcher.waiting:
+            return
+        while self._leaving:
+            worker = self._leaving.pop()
+            self.dispatcher.close(worker)
+            worker.let_go()
 
     def worker_gone(self, worker: Worker) -> None:
         """Replace a worker whose link has ended: it is dead, or as good as dead."""
         slot = self._scoreboard.slot(worker.number)
         # One that its task has killed did not die of its start, however young.
-        lived = YOUNG_SECONDS if slot.is_working else worker.lived_seconds(self._clock())
+        lived = YOUNG_SECONDS if slot.is_working else worker.lived_seconds(self.clock())
         slot.close()
+        self.dispatcher.lost(worker, self.clock())
         # A process may stay behind its link, so it is killed if it has not gone soon.
         self._reactor.callLater(_KILL_AFTER_LINK_SECONDS, self.kill, worker)
         if self._stopped is not None:
             return
-        slot.count_restart()
+        if worker.cause is not None:
+            self._fill()  # its successor was asked for already
+            return
+        self._slot.count_restart(Cause.HUNG if worker.is_hung else Cause.DIED)
         delay = self._births.died(lived)
         if delay:
             self._log.error(
-                "worker {number} died at its start; next try in {delay:g} s",
+                "worker {number} died within {young:g} s of its start; next try in {delay:g} s",
                 number=worker.number,
+                young=YOUNG_SECONDS,
                 delay=delay,
             )
-            self._reactor.callLater(delay, self._replace, worker.number)
+            self._reactor.callLater(delay, self._fill)
         else:
-            self._replace(worker.number)
+            self._fill()
 
     def worker_exited(self, pid: int, status: int) -> None:
         """Take note that a worker has been reaped."""
@@ -326,63 +340,113 @@ class Supervisor(Service):
         if not worker.is_gone:
             worker.is_gone = True
             self.worker_gone(worker)
-        if status or self._stopped is None:
+        if worker.is_retired and not status and worker.cause is not None:
+            self._log.info(
+                "worker {number} (pid {pid}) was replaced: {cause}",
+                number=worker.number,
+                pid=pid,
+                cause=worker.cause.name.lower().replace("_", "-"),
+            )
+        elif status or self._stopped is None:
             self._log.warn(
                 "worker {number} (pid {pid}) {died}",
                 number=worker.number,
                 pid=pid,
-                died=_describe(status),
+                died=describe_end(status),
             )
+        self._zygotes.dismiss_unused({worker.zygote for worker in self._workers.values()})
         self._check_stopped()
 
-    def _replace(self, number: int) -> None:
+    def _fill(self) -> None:
+        """Have as many workers forked as are missing, each for the lowest slot that is free."""
         # Without a zygote the next one forks all that is missing, when it is loaded.
-        if self._zygote is not None and self._zygote.is_loaded:
-            self._fork(self._zygote, {number})
+        zygote = self._zygotes.loaded
+        if self._stopped is not None or zygote is None:
+            return
+        present = [worker for worker in self._workers.values() if not worker.is_gone]
+        lasting = sum(worker.cause is None for worker in present)
+        missing = self._settings.procs - lasting - len(self._requested)
+        taken = {worker.number for worker in present} | self._requested
+        free = [n for n in range(1, self._scoreboard.slots + 1) if n not in taken]
+        numbers = set(free[: max(0, missing)])
+        if numbers:
+            self._requested |= numbers
+            zygote.fork(numbers)
 
-    def _fork(self, zygote: Zygote, numbers: set[int]) -> None:
-        present = {worker.number for worker in self._workers.values() if not worker.is_gone}
-        missing = (numbers & self._wanted) - present - self._requested
-        if missing:
-            self._requested |= missing
-            zygote.fork(missing)
+    # What is seen to now and then.
+
+    def _watch(self) -> None:
+        now = self.clock()
+        if self._stopped is None or self._workers:
+            self._reactor.callLater(_WATCH_SECONDS, self._watch)
+        if self.dispatcher.waiting:
+            self.dispatcher.sweep(now)
+        counts = self.dispatcher.counts
+        self._slot.show_queue(
+            self.dispatcher.oldest(), counts.handed_over, counts.refused, counts.expired
+        )
+        for worker in list(self._workers.values()):
+            slot = self._scoreboard.slot(worker.number)
+            if not worker.is_gone and not worker.is_hung and is_hung(now, slot.beat, slot.due):
+                self._end_hung(worker, slot.task)
+        self._house()
+        self._let_go()
+
+    def _end_hung(self, worker: Worker, task: str) -> None:
+        worker.is_hung = True
+        self._log.error(
+            "worker {number} does not answer, and {task} is past its time limit: it is killed",
+            number=worker.number,
+            task=task,
+        )
+        self._signal(worker, signal.SIGUSR2)  # it prints where it stands
+        self._reactor.callLater(_KILL_AFTER_STACK_SECONDS, self.kill, worker)
+
+    def connection_moved(self, fd: int, unread: bytes) -> None:
+        """Take a connection from a worker that retires, for another one."""
+        self._removals.take(fd, unread)
+        self._house()
+
+    def _house(self) -> None:
+        serving = [worker for worker in self._workers.values() if worker.serves]
+        self._removals.house(serving, self._scoreboard.connections)
+
+    # The end.
 
     def kill(self, worker: Worker) -> None:
         """End a worker's process now, if it has not been reaped."""
+        self._signal(worker, signal.SIGKILL)
+
+    def _signal(self, worker: Worker, number: signal.Signals) -> None:
         if worker.pid not in self._workers:
             return
         if worker.is_orphan:
-            os.kill(worker.pid, signal.SIGKILL)
-        elif self._zygote is not None:
-            self._zygote.kill(worker.pid)
+            try:
+                os.kill(worker.pid, number)
+            except ProcessLookupError:  # somebody else has reaped it
+                self.worker_exited(worker.pid, 0)
+        else:
+            worker.zygote.kill(worker.pid, number)
 
     def _kill_all(self) -> None:
         for worker in list(self._workers.values()):
             self._log.warn("worker {number} is killed: its grace is over", number=worker.number)
             self.kill(worker)
         if self._workers:
-            self._reactor.callLater(_KILL_AFTER_GRACE_SECONDS, self._kill_zygote)
+            self._reactor.callLater(_KILL_AFTER_GRACE_SECONDS, self._kill_zygotes)
         else:
-            self._kill_zygote()
+            self._kill_zygotes()
 
-    def _kill_zygote(self) -> None:
-        if self._zygote is not None:
-            self._zygote.end()
+    def _kill_zygotes(self) -> None:
+        for zygote in self._zygotes.all():
+            zygote.end()
 
     def _check_stopped(self) -> None:
-        """When the last worker is gone the zygote may go; when that is gone all is done."""
+        """When the last worker is gone the zygotes may go; when those are gone all is done."""
         if self._stopped is None or self._workers:
             return
-        if self._zygote is not None:
-            self._zygote.dismiss()
-        elif not self._stopped.called:
+        zygotes = self._zygotes.all()
+        for zygote in zygotes:
+            zygote.dismiss()
+        if not zygotes and not self._stopped.called:
             self._stopped.callback(None)
-
-
-def _describe(status: int) -> str:
-    """Say how a process ended, by its wait status."""
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        hint = "; out of memory?" if number == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(number).name}{hint}"
-    return f"exited with status {os.WEXITSTATUS(status)}"

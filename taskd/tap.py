@@ -85,8 +85,57 @@ class Options(usage.Options):
             "Seconds that running tasks get when the daemon stops",
             _number("grace", float),
         ],
+        [
+            "backlog",
+            None,
+            10_000,
+            "Tasks that may wait for a free worker; beyond it callers are told to come back",
+            _number("backlog", int),
+        ],
+        [
+            "max-in-flight",
+            None,
+            1024,
+            "Calls in flight on one connection, beyond which it is not read from",
+            _number("max-in-flight", int),
+        ],
+        [
+            "max-connections",
+            None,
+            None,
+            "Connections of all workers together [default: as many as file descriptors allow]",
+            _number("max-connections", int),
+        ],
+        [
+            "first-line-timeout",
+            None,
+            30.0,
+            "Seconds that a new connection may take to send a complete line",
+            _number("first-line-timeout", float),
+        ],
+        [
+            "idle-timeout",
+            None,
+            None,
+            "Seconds after which a connection without a task in flight is closed [default: never]",
+            _number("idle-timeout", float),
+        ],
+        [
+            "max-tasks",
+            None,
+            None,
+            "Tasks after which a worker is replaced [default: never]",
+            _number("max-tasks", int),
+        ],
+        [
+            "max-rss",
+            None,
+            None,
+            "Resident memory in MiB above which a worker is replaced [default: never]",
+            _number("max-rss", float),
+        ],
         ["smtp", None, None, "Mail server of send_mail, as HOST:PORT"],
-        ["smtp-tls", None, "none", f"Protection of mail: {', '.join(SMTP_TLS)}"],
+        ["smtp-tls", None, None, f"Protection of mail: {', '.join(SMTP_TLS)} [default: none]"],
         ["smtp-login", None, None, f"File with USER:PASSWORD [or set {_SMTP_LOGIN_VARIABLE}]"],
     ]
     optFlags: ClassVar[list[list[Any]]] = [
@@ -158,6 +207,13 @@ def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Set
         threads=options["threads"],
         max_line_bytes=options["max-line"],
         grace_seconds=options["grace"],
+        backlog=options["backlog"],
+        max_in_flight=options["max-in-flight"],
+        max_connections=options["max-connections"],
+        first_line_seconds=options["first-line-timeout"],
+        idle_seconds=options["idle-timeout"],
+        max_tasks=options["max-tasks"],
+        max_rss_bytes=None if options["max-rss"] is None else int(options["max-rss"] * 2**20),
         debug=bool(options["debug"]),
         smtp=_smtp_from(options, environ),
     )
@@ -172,6 +228,9 @@ def _is_loopback(interface: str) -> bool:
 
 def _smtp_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> SmtpSettings | None:
     if not options["smtp"]:
+        for option in ("smtp-tls", "smtp-login"):
+            if options[option]:
+                raise SettingsError(f"--{option} is of no use without --smtp HOST:PORT")
         return None
     host, _, port = options["smtp"].rpartition(":")
     if not port.isdecimal():
@@ -182,12 +241,17 @@ def _smtp_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> SmtpSe
             with open(options["smtp-login"], encoding="utf-8") as file:
                 login = file.read().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--smtp-login {options['smtp-login']}: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise SettingsError(f"--smtp-login {options['smtp-login']}: {why}") from None
     user, colon, password = login.partition(":")
     if login and not (user and colon):
         raise SettingsError("the login for the mail server must be USER:PASSWORD")
     return SmtpSettings(
-        host=host.strip("[]"), port=int(port), tls=options["smtp-tls"], user=user, password=password
+        host=host.strip("[]"),
+        port=int(port),
+        tls=options["smtp-tls"] or "none",
+        user=user,
+        password=password,
     )
 
 

@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import ujson
 
@@ -28,8 +28,11 @@ from taskd.errors import CallError, Malformed, NotJson
 __all__ = [
     "ABSENT",
     "MAX_DEPTH",
+    "MAX_PRIORITY",
+    "NO_TERMS",
     "Args",
     "Request",
+    "Terms",
     "decode",
     "decode_reply",
     "decode_request",
@@ -56,17 +59,41 @@ _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]')
 
 _NO_ARGS: Final[list[Any]] = []
 _USUAL_KEYS: Final = frozenset({"function", "args", "id"})
-_REQUEST_KEYS: Final = _USUAL_KEYS | {"timeout", "progress"}
+_REQUEST_KEYS: Final = _USUAL_KEYS | {"timeout", "progress", "priority", "cancel_on_disconnect"}
+
+MAX_PRIORITY: Final = 1_000_000_000
+"""Priorities lie within so much of 0."""
 
 
 Args = list[Any] | dict[str, Any]
 """Positional arguments (array) or keyword arguments (object)."""
 
-Request = tuple[str, Args, str, float | None, bool]
+
+class Terms(NamedTuple):
+    """
+    What a caller may ask for beside the task itself.
+
+    Attributes:
+        timeout: Seconds that the caller gives the call, above 0, or None.
+        wants_progress: True: send progress messages.
+        priority: Higher is earlier, among tasks that wait.
+        ends_with_caller: True: the task is cancelled when the connection ends.
+    """
+
+    timeout: float | None = None
+    wants_progress: bool = False
+    priority: int = 0
+    ends_with_caller: bool = False
+
+
+NO_TERMS: Final = Terms()
+"""The terms of a request that names none: nearly all of them, so it is told by identity."""
+
+Request = tuple[str, Args, str, Terms]
 """
-A request, checked: function, arguments, id as JSON or ``ABSENT``, seconds that the
-caller gives the task or None, whether it wants progress. A bare tuple, because one
-is made for every call, and a class would cost a tenth of the whole decoding.
+A request, checked: function, arguments, id as JSON or ``ABSENT``, terms. A bare
+tuple, because one is made for every call, and a class would cost a tenth of the
+whole decoding.
 """
 
 
@@ -217,7 +244,7 @@ def decode_request(line: bytes) -> Request:
         and (type(args) is list or type(args) is dict)
         and _USUAL_KEYS.issuperset(message)
     ):
-        return function, args, id_json, None, False
+        return function, args, id_json, NO_TERMS
     return _check_request(message, id_json)
 
 
@@ -238,13 +265,20 @@ def _check_request(message: dict[str, Any], id_json: str) -> Request:
         refuse('"args" must be an object or an array')
     timeout = message.get("timeout")
     if timeout is not None and (type(timeout) not in (int, float) or not 0 < timeout < 1e9):
-        refuse('"timeout" must be a number of seconds above 0')
+        refuse('"timeout" must be a number of seconds above 0 and below 1e9')
     progress = message.get("progress", False)
     if type(progress) is not bool:
         refuse('"progress" must be true or false')
     if progress and not id_json:
         refuse('"progress" needs an "id": without one it could not be told apart')
-    return message["function"], args, id_json, timeout, progress
+    priority = message.get("priority", 0)
+    if type(priority) is not int or abs(priority) > MAX_PRIORITY:
+        refuse(f'"priority" must be an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}')
+    ends_with_caller = message.get("cancel_on_disconnect", False)
+    if type(ends_with_caller) is not bool:
+        refuse('"cancel_on_disconnect" must be true or false')
+    terms = Terms(timeout, progress, priority, ends_with_caller)
+    return message["function"], args, id_json, NO_TERMS if terms == NO_TERMS else terms
 
 
 def encode(value: Any) -> str:
@@ -402,14 +436,18 @@ def encode_request(request: Request) -> bytes:
     Raises:
         NotJson: JSON cannot carry the arguments.
     """
-    function, args, id_json, timeout, wants_progress = request
+    function, args, id_json, terms = request
     parts = [f'{{"function":{encode(function)},"args":{encode(args)}']
     if id_json:
         parts.append(f'"id":{id_json}')
-    if timeout is not None:
-        parts.append(f'"timeout":{encode(timeout)}')
-    if wants_progress:
+    if terms.timeout is not None:
+        parts.append(f'"timeout":{encode(terms.timeout)}')
+    if terms.wants_progress:
         parts.append('"progress":true')
+    if terms.priority:
+        parts.append(f'"priority":{terms.priority}')
+    if terms.ends_with_caller:
+        parts.append('"cancel_on_disconnect":true')
     return _line(",".join(parts) + "}\n")
 
 

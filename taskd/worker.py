@@ -10,14 +10,16 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import random
 import signal
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import Deferred
 from twisted.internet.main import installReactor
 from twisted.internet.protocol import connectionDone
 from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, globalLogBeginner
@@ -30,15 +32,22 @@ from taskd.errors import WorkerLost
 from taskd.executor import Executor
 from taskd.functions import Function, Kind, Registry
 from taskd.lines import LongLineReceiver, OneConnection
+from taskd.link import Link, Reader, adopt_link
 from taskd.loading import load_tasks
 from taskd.mail import Mailer
-from taskd.process import Title
+from taskd.process import Title, resident_bytes
+from taskd.relay import Relay
 from taskd.scoreboard import Scoreboard, Slot
 from taskd.server import TaskServerFactory
 from taskd.session import session_functions
 from taskd.settings import Settings
+from taskd.states import Cause
+from taskd.wear import Wear
 
 __all__ = ["Introspection", "Prepared", "prepare", "rehearse", "run"]
+
+_BEAT_SECONDS: Final = 0.5
+"""How often a worker shows that its reactor runs."""
 
 _TITLE_ROOM: Final = 64
 """Bytes of a task's name that a process title shows."""
@@ -172,7 +181,8 @@ def rehearse(prepared: Prepared) -> None:
 class _Rehearsal(LongLineReceiver):
     """The caller in a rehearsal."""
 
-    _REQUEST: Final = b'{"id":1,"function":"echo","args":["one","two"]}\n'
+    # Nothing that a task module could have replaced: its code is not to run before the fork.
+    _REQUEST: Final = b'{"id":1,"function":"taskd.functions","args":[]}\n'
     _ROUNDS: Final = 16
 
     def __init__(self, end: Callable[[], None]) -> None:
@@ -219,6 +229,8 @@ def run(
         StartFailed: A task module is not usable.
     """
     faulthandler.enable()
+    # Tells where a worker stands that holds Python's lock, before it is killed.
+    faulthandler.register(signal.SIGUSR2)
     reactor = SharingReactor()  # type: ignore[no-untyped-call]
     installReactor(reactor)
     if not isinstance(prepared, Prepared):
@@ -234,6 +246,13 @@ def run(
 
 
 class _Worker:
+    """
+    The parts of one worker, and its way from serving to its end.
+
+    It serves; then it is told to stop, as all are, or to retire, so that the
+    others go on and take what it has; then it has nothing left, and goes.
+    """
+
     def __init__(
         self,
         number: int,
@@ -252,93 +271,216 @@ class _Worker:
         self._executor = Executor(
             reactor, self._slot, threads=settings.threads, debug=settings.debug
         )
-        self._executor.on_busy = self._step_back
         self._factory = TaskServerFactory(
-            reactor, prepared.registry, self._executor, self._slot, settings.max_line_bytes
+            reactor,
+            prepared.registry,
+            self._executor,
+            self._slot,
+            settings,
+            lambda: sum(scoreboard.connections()),
+        )
+        self._relay = Relay(prepared.registry, self._executor, scoreboard, self._tell)
+        self._link = _SupervisorLink(
+            {
+                **self._relay.readers,
+                b"retire": lambda _: self.retire(),
+                b"stop": lambda _: self.stop(),
+                b"go": lambda _: self._let_go(),
+                b"adopt": self._adopt,
+            },
+            self._orphaned,
         )
         self._ports: list[SharedPort] = []
-        self._link = _SupervisorLink(self)
-        self._is_stopping = False
+        self._wear = Wear(settings, self._slot.ended, random.random)
+        self._is_asking_for_replacement = False
+        self._is_stopping = self._is_retired = False
+        self._has_said_so = self._may_go = False
+        self._done: Deferred[None] = Deferred()
+        self._executor.on_busy = self._step_back
+        self._executor.on_idle = self._rest
+        self._factory.on_empty = self._go_if_done
+        self._relay.on_quiet = self._go_if_done
+        self._relay.on_filled = self._leave_the_ports
+        self._relay.on_freed = self._come_back
+        self._relay.on_stuck = self._lose_a_thread
 
     def serve(self, link: socket.socket, listening: list[int]) -> None:
         """Start to accept, and tell the supervisor."""
         link.setblocking(False)
-        self._reactor.adoptStreamConnection(
-            link.fileno(), socket.AF_UNIX, OneConnection(self._link)
-        )
+        adopt_link(self._reactor, link.fileno(), self._link)
         link.close()
         for fd in listening:
             self._ports.append(SharedPort(fd, self._factory, self._reactor))
             os.close(fd)
-        self._reactor.addSystemEventTrigger("before", "shutdown", self._drain)
+        self._reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
         self._slot.ready()
-        self._link.tell(ready=True)
+        self._tell(b"ready\n")
+        self._beat()
 
-    def stop(self) -> None:
-        """Drain, and end the process; without effect if that has begun."""
-        if not self._is_stopping:
-            self._is_stopping = True
-            self._reactor.stop()
+    def _tell(self, message: bytes) -> None:
+        self._link.tell(message)
 
-    def _drain(self) -> Deferred[Any]:
-        self._is_stopping = True
-        grace = self._settings.grace_seconds
-        self._slot.drain()
-        for port in self._ports:
-            port.close()
-        # Even a reactor that is held up by a task does not outlive its grace.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(int(grace) + 2)
-        done = gatherResults(
-            [self._factory.drain(), self._executor.when_idle()], consumeErrors=True
-        )
-        timer = self._reactor.callLater(grace, self._give_up, done)
-        return done.addBoth(lambda _: timer.active() and timer.cancel())
+    def _beat(self) -> None:
+        """Show that the reactor runs, and see to what is due now and then."""
+        self._slot.beats(time.monotonic())
+        self._factory.sweep()
+        self._replace_if_worn(measure=True)
+        self._reactor.callLater(_BEAT_SECONDS, self._beat)
 
-    def _give_up(self, done: Deferred[Any]) -> None:
-        self._factory.abandon(
-            WorkerLost(f"the task was not done {self._settings.grace_seconds:g} s after the stop")
-        )
-        self._reactor.callLater(_FLUSH_SECONDS, done.cancel)
+    # While it serves.
 
     def _step_back(self) -> None:
         for port in self._ports:
             port.step_back()
+
+    def _leave_the_ports(self) -> None:
+        if self._relay.is_anyone_idle():
+            for port in self._ports:
+                port.leave()
+
+    def _come_back(self) -> None:
+        for port in self._ports:
+            port.come_back()
+
+    def _rest(self) -> None:
+        self._replace_if_worn(measure=False)
+        self._go_if_done()
+
+    def _replace_if_worn(self, *, measure: bool) -> None:
+        rss = resident_bytes() if measure and self._settings.max_rss_bytes is not None else 0
+        cause = self._wear.cause(self._slot.ended, rss)
+        if cause is not None:
+            self._ask_for_replacement(cause)
+
+    def _lose_a_thread(self) -> None:
+        self._executor.hand_over_all()
+        self._ask_for_replacement(Cause.TIME_LIMIT)
+
+    def _ask_for_replacement(self, cause: Cause) -> None:
+        if not self._is_asking_for_replacement:
+            self._is_asking_for_replacement = True
+            self._tell(b"replace %s\n" % cause.name.encode())
+
+    def _adopt(self, rest: bytes) -> None:
+        fd, unread = self._link.take_connection(rest)
+        if self._ports and not self._is_stopping:
+            self._ports[0].adopt(fd, unread)
+        else:
+            os.close(fd)
+
+    # How it ends.
+
+    def retire(self) -> None:
+        """
+        Start nothing more, hand over what waits, pass on the connections, and end.
+
+        Tasks that run are let run: nothing hurries them but their own limits.
+        """
+        if self._is_retired or self._is_stopping:
+            return
+        self._is_retired = True
+        self._close_ports()
+        self._executor.lane.retire()
+        self._executor.hand_over_all()
+        self._factory.pass_on(partial(self._link.give_connection, b"moved"))
+        self._reactor.callLater(self._settings.grace_seconds, self._factory.cut_off)
+        self._go_if_done()
+
+    def stop(self) -> None:
+        """Start nothing more, finish within the grace, and end."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        grace = self._settings.grace_seconds
+        self._close_ports()
+        # Even a reactor that is held up by a task does not outlive its grace.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(grace) + 2)
+        self._reactor.callLater(grace, self._give_up)
+        self._factory.drain()
+        self._go_if_done()
+
+    def _close_ports(self) -> None:
+        self._slot.drain()
+        for port in self._ports:
+            port.close()
+        self._ports.clear()
+
+    def _orphaned(self) -> None:
+        """Finish and go: without a supervisor there is no pool, and what is printed is lost."""
+        with open(os.devnull, "wb") as devnull:
+            for stream in (1, 2):
+                os.dup2(devnull.fileno(), stream)
+        self._may_go = True
+        self._relay.lost()
+        self.stop()
+
+    def _give_up(self) -> None:
+        self._factory.abandon(
+            WorkerLost(f"the task was not done {self._settings.grace_seconds:g} s after the stop")
+        )
+        self._reactor.callLater(_FLUSH_SECONDS, self._end)
+
+    def _go_if_done(self) -> None:
+        if (
+            (self._is_stopping or self._is_retired)
+            and not self._factory.open_connections
+            and self._executor.is_idle
+            and self._relay.is_quiet
+        ):
+            if self._may_go:
+                self._end()
+            elif not self._has_said_so:
+                self._has_said_so = True
+                self._tell(b"leaving\n")
+
+    def _let_go(self) -> None:
+        self._may_go = True
+        self._go_if_done()
+
+    def _end(self) -> None:
+        if not self._done.called:
+            self._done.callback(None)
+            if not self._is_shutting_down:
+                self._reactor.stop()
+
+    def _shut_down(self) -> Deferred[None]:
+        self._is_shutting_down = True
+        if not self._done.called:
+            self.stop()
+        return self._done
+
+    _is_shutting_down = False
 
     def observe(self, event: LogEvent) -> None:
         """Send what is logged here to the supervisor, who has the log."""
         if event.get("log_level", LogLevel.info) < LogLevel.info:
             return
         text = eventAsText(event, includeTimestamp=False, includeSystem=False)
-        message = {
-            "level": event.get("log_level", LogLevel.info).name,
-            "namespace": event.get("log_namespace", ""),
-            # Half of a surrogate pair would stop the log's own file.
-            "text": text.encode(errors="backslashreplace").decode(),
-        }
+        message = json.dumps(
+            {
+                "level": event.get("log_level", LogLevel.info).name,
+                "namespace": event.get("log_namespace", ""),
+                # Half of a surrogate pair would stop the log's own file.
+                "text": text.encode(errors="backslashreplace").decode(),
+            }
+        )
+        line = b"log %s\n" % message.encode()
         if isInIOThread():
-            self._link.tell(log=message)
+            self._tell(line)
         else:
-            self._reactor.callFromThread(self._link.tell, log=message)
+            self._reactor.callFromThread(self._tell, line)
 
 
-class _SupervisorLink(LongLineReceiver):
+class _SupervisorLink(Link):
     """The worker's end of the socket to the supervisor."""
 
-    def __init__(self, worker: _Worker) -> None:
-        super().__init__()
-        self._worker = worker
-
-    def tell(self, **message: Any) -> None:
-        """Send one message; without effect once the supervisor is gone."""
-        if self.transport is not None:
-            self.transport.write(json.dumps(message).encode() + b"\n")
-
-    def lineReceived(self, line: bytes) -> None:
-        """Obey; there is one order so far."""
-        if "drain" in json.loads(line):
-            self._worker.stop()
+    def __init__(self, readers: dict[bytes, Reader], on_lost: Callable[[], None]) -> None:
+        super().__init__(readers)
+        self._on_lost = on_lost
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Finish and go: without a supervisor there is no pool."""
-        self._worker.stop()
+        """Take it that the supervisor is gone."""
+        self.connected = 0
+        self.close_strays()
+        self._on_lost()

@@ -15,6 +15,7 @@ attached), ``unforked``, ``exited``.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -55,7 +56,6 @@ def main() -> NoReturn:
     title = Title("taskd: zygote")
     if os.getsid(0) != os.getpid():
         os.setsid()  # a terminal's Ctrl-C is for the supervisor
-    signal.signal(signal.SIGTERM, lambda *_: None)
     zygote = _Zygote(socket.socket(fileno=CONTROL_FD), title)
     try:
         zygote.run()
@@ -80,13 +80,17 @@ class _Zygote:
 
     def run(self) -> None:
         """Obey until the supervisor is gone."""
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._watch_children()
         while True:
             select.select([self._control.fileno(), self._woken], [], [])
             self._reap()
             if not self._obey():
                 return
+
+    def _watch_children(self) -> None:
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
 
     def _obey(self) -> bool:
         """Do what has been asked; tell whether the supervisor is still there."""
@@ -107,7 +111,7 @@ class _Zygote:
             elif "unlisten" in message:
                 self._close_ports()
             elif "kill" in message and message["kill"] in self._children:
-                os.kill(message["kill"], message["signal"])
+                _send_signal(message["kill"], message["signal"])
         return bool(data)
 
     def _tell(self, fd: int | None = None, **message: Any) -> None:
@@ -130,6 +134,7 @@ class _Zygote:
         except StartFailed as error:
             self._tell(failed=str(error))
             return
+        self._watch_children()  # a task module may have had its own way with signals
         if reason := _why_not_to_fork():
             # What has been imported cannot be undone, so start over without it.
             self._tell(again=reason)
@@ -146,7 +151,9 @@ class _Zygote:
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
+            die_with_parent(True)  # a fork clears it
             os.close(reader)
+            self._close_ports()
             told = _SUCCESS
             try:
                 self._boot.prepare(self._spec["settings"])
@@ -164,7 +171,11 @@ class _Zygote:
     # Fork and reap.
 
     def _fork(self, number: int) -> None:
-        theirs, ours = socket.socketpair()
+        try:
+            theirs, ours = socket.socketpair()
+        except OSError as error:
+            self._tell(unforked=number, reason=str(error))
+            return
         try:
             pid = os.fork()
         except OSError as error:
@@ -234,14 +245,21 @@ class _Zygote:
         self._close_ports()
         deadline = time.monotonic() + self._spec.get("grace_seconds", 0) + _KILL_AFTER_GRACE_SECONDS
         is_killing = False
+        self._reap()  # those whose end could not be told
         while self._children:
             left = deadline - time.monotonic()
             if left <= 0 and not is_killing:
                 is_killing = True
                 for pid in self._children:
-                    os.kill(pid, signal.SIGKILL)
+                    _send_signal(pid, signal.SIGKILL)
             select.select([self._woken], [], [], None if is_killing else max(0.0, left))
             self._reap()
+
+
+def _send_signal(pid: int, number: int) -> None:
+    """Send a signal to a child, if it has not been reaped behind our back."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _why_not_to_fork() -> str:

@@ -31,6 +31,7 @@ from taskd.functions import Registry, task
 from taskd.scoreboard import Scoreboard, Slot
 from taskd.server import TaskProtocol, TaskServerFactory
 from taskd.session import session_functions
+from taskd.settings import Settings
 
 __all__ = [
     "PATIENCE",
@@ -169,6 +170,7 @@ class MemoryDaemon:
         max_line_bytes: Longest request line.
         threads: How many blocking tasks run at a time.
         debug: True: callers are told tracebacks.
+        settings: Others of the operator's settings.
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class MemoryDaemon:
         max_line_bytes: int = 1024 * 1024,
         threads: int = 1,
         debug: bool = False,
+        **settings: Any,
     ) -> None:
         self.loop = Loop()
         self.slot = new_slot()
@@ -185,7 +188,12 @@ class MemoryDaemon:
         )
         self.registry = registry_of(*functions)
         self.factory = TaskServerFactory(
-            self.loop, self.registry, self.executor, self.slot, max_line_bytes
+            self.loop,
+            self.registry,
+            self.executor,
+            self.slot,
+            Settings(0, max_line_bytes=max_line_bytes, **settings),
+            clock=self.loop.seconds,
         )
         self._pumps: list[IOPump] = []
 
