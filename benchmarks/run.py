@@ -1,7 +1,7 @@
 """
 Measure taskd beside a bare echo server and hold the figures against their targets.
 
-    python benchmarks/run.py                     everything: two to three minutes
+    python benchmarks/run.py                     everything: six to eight minutes
     python benchmarks/run.py connect latency     some sections
     python benchmarks/run.py --quick             a first impression
     python benchmarks/run.py --calibrate         bare against bare: the noise of the machine
@@ -27,6 +27,7 @@ from errors import BenchmarkError
 from generator import Generator
 from machine import CpuUse, describe_machine, foreign_share
 from report import Row
+from scheduling import behind, limit, mixed, replace, spread
 from startup import startup
 
 __all__ = ["main"]
@@ -54,6 +55,27 @@ SECTIONS: Mapping[str, Section] = {
         "64 connections, 64 requests in flight on each, 2 workers, replies by id: rate", pipelined
     ),
     "latency": Section("1 connection, 1 request at a time, 2 workers: median latency", latency),
+    "spread": Section(
+        "a crowd of tasks of 0.25 s, by connections: time until the last reply, beside the ideal",
+        spread,
+        has_reference=False,
+    ),
+    "behind": Section(
+        "quick tasks behind a long one on the same connection", behind, has_reference=False
+    ),
+    "mixed": Section(
+        "90 % of 1 ms, 9 % of 50 ms, 1 % of 1 s, together 70 % of what the workers can do",
+        mixed,
+        has_reference=False,
+    ),
+    "limit": Section(
+        "a blocking task that comes to its time limit, 1 worker", limit, has_reference=False
+    ),
+    "replace": Section(
+        "1000 tasks/s over 8 connections while all 8 workers are replaced",
+        replace,
+        has_reference=False,
+    ),
 }
 
 

@@ -54,15 +54,24 @@ class Caller:
             OSError: The connection broke, or there was no answer in time.
             BenchmarkError: The answer is an error.
         """
-        request = {"function": function, "args": []}
+        answer = self.send(function, [])
+        if isinstance(answer, dict) and "error" in answer:
+            raise BenchmarkError(f"{function} failed: {answer['error']}")
+        return answer
+
+    def send(self, function: str, args: list[Any]) -> Any:
+        """
+        Call a function and return the answer, whatever it is.
+
+        Raises:
+            OSError: The connection broke, or there was no answer in time.
+        """
+        request = {"function": function, "args": args}
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         line = self._stream.readline()
         if not line.endswith(b"\n"):
             raise ConnectionError("closed before the answer")
-        answer = json.loads(line)
-        if isinstance(answer, dict) and "error" in answer:
-            raise BenchmarkError(f"{function} failed: {answer['error']}")
-        return answer
+        return json.loads(line)
 
 
 class Server:
@@ -222,13 +231,15 @@ class TaskdServer(Server):
     Args:
         directory: As for every server.
         procs: How many workers.
+        more: Further options of the daemon's.
     """
 
     name = "taskd"
 
-    def __init__(self, directory: Path, procs: int) -> None:
+    def __init__(self, directory: Path, procs: int, *more: str) -> None:
         super().__init__(directory)
         self.procs = procs
+        self.more = more
 
     @property
     def command(self) -> list[str]:
@@ -236,7 +247,7 @@ class TaskdServer(Server):
         twistd = Path(sys.executable).with_name("twistd")
         options = {"port": self.port, "procs": self.procs, "tasks": HERE / "bench_tasks.py"}
         words = [f"--{name}={value}" for name, value in options.items()]
-        return [str(twistd), "--nodaemon", "--pidfile=", "taskd", *words]
+        return [str(twistd), "--nodaemon", "--pidfile=", "taskd", *words, *self.more]
 
     def is_ready(self, caller: Caller) -> bool:
         """Ask for the state of every worker."""

@@ -146,6 +146,9 @@ class SharedPort:
         fd: The listening socket, not blocking; it is duplicated.
         factory: Makes the protocols, and knows how many there are.
         reactor: Watches the socket.
+
+    Attributes:
+        on_accept: Called when a connection was accepted.
     """
 
     _log = Logger(namespace="taskd.accept")
@@ -161,6 +164,7 @@ class SharedPort:
         self._accepted = 0
         self._pause: IDelayedCall | None = None
         self._is_away = False
+        self.on_accept: Callable[[], None] = lambda: None
         factory.on_room = self._on_room
         reactor.add_shared_reader(self)
 
@@ -191,6 +195,7 @@ class SharedPort:
         pause = accept_pause(held, self._in_a_row)
         if pause or held >= self._ceiling:
             self._leave_for(pause)
+        self.on_accept()
 
     def _serve(self, connection: socket.socket, address: Any) -> Any:
         protocol = self._factory.buildProtocol(self._address_type("TCP", *address))

@@ -199,7 +199,7 @@ class Dispatcher:
             return
         is_full = self._waiting >= self._backlog or self._waiting_bytes + size > self._backlog_bytes
         # A queue of length 0 is no reason to refuse what need not wait.
-        if is_full and (self._waiting or not self._free_peers()):
+        if is_full and (self._waiting or not self._is_anyone_free()):
             self.counts.refused += 1
             origin.failed(offer.ticket, self._overloaded(now))
             return
@@ -208,8 +208,10 @@ class Dispatcher:
         task = Task(self._numbers, origin, offer, now)
         self._tasks[task.number] = task
         self._by_ticket[origin, offer.ticket] = task
+        had_to_wait = self._waiting
         self._enqueue(task)
-        self._dispatch(now)
+        if not had_to_wait:  # else whoever is free has been found, or is about to ask
+            self._dispatch(now)
 
     def _overloaded(self, now: float) -> Overloaded:
         seconds = retry_after(self._waiting, self._rate(now))
@@ -244,7 +246,8 @@ class Dispatcher:
             self._drop(task)
             if origin is not None:
                 origin.ended(task.offer.ticket, reply)
-            self._dispatch(now)
+            if self._waiting:
+                self._fill(peer, self._occupied(), now)
 
     def _given_to(self, peer: Peer, number: int) -> Task | None:
         """Take from a worker what it had; None if it no longer counted."""
@@ -317,23 +320,29 @@ class Dispatcher:
 
     def _dispatch(self, now: float) -> None:
         """Give what waits to who is free."""
-        if not self._waiting:
-            return
-        for peer in self._free_peers():
-            task = self._next(now)
-            if task is None:
-                return
+        if self._waiting:
+            occupied = self._occupied()
+            for peer in self._peers:
+                self._fill(peer, occupied, now)
+                if not self._waiting:
+                    return
+
+    def _fill(self, peer: Peer, occupied: Sequence[int], now: float) -> None:
+        """Give a worker what waits, as long as it is free."""
+        while self._is_free(peer, occupied) and (task := self._next(now)) is not None:
             self._give(task, peer, now)
 
-    def _free_peers(self) -> list[Peer]:
-        """Give the workers that have a free thread, as often as they have one."""
+    def _is_free(self, peer: Peer, occupied: Sequence[int]) -> bool:
+        standing = self._peers[peer]
+        return (
+            standing.is_open
+            and not standing.has_declined
+            and max(occupied[peer.number], len(standing.running)) < self._threads
+        )
+
+    def _is_anyone_free(self) -> bool:
         occupied = self._occupied()
-        free: list[Peer] = []
-        for peer, standing in self._peers.items():
-            if standing.is_open and not standing.has_declined:
-                taken = max(occupied[peer.number], len(standing.running))
-                free += [peer] * (self._threads - taken)
-        return free
+        return any(self._is_free(peer, occupied) for peer in self._peers)
 
     def _give(self, task: Task, peer: Peer, now: float) -> None:
         task.runner = peer

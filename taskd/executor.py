@@ -67,8 +67,8 @@ class Pool(Protocol):
     def waits(self) -> int:
         """Tell how many tasks of all workers wait."""
 
-    def is_anyone_idle(self) -> bool:
-        """Tell whether another worker could start a blocking task now."""
+    def idle(self) -> int:
+        """Tell how many blocking tasks the other workers could start now."""
 
     def ask(self) -> None:
         """Ask for a task that waits."""
@@ -102,6 +102,8 @@ class Executor:
         on_busy: Called when the first task starts that is not over at once.
         on_idle: Called when the last task has ended.
         ended: How many blocking calls have come to an end here.
+        is_relieved: True while others do for this worker what it has no thread
+            for; its pool is told when it has one again.
     """
 
     _log = Logger(namespace="taskd.task")
@@ -132,6 +134,7 @@ class Executor:
         self.lane = Lane(threads)
         self.pool: Pool | None = None
         self.ended = 0
+        self.is_relieved = False
         self.is_delivering = False
         self.on_delivered: Callable[[], None] = lambda: None
         self.on_busy: Callable[[], None] = lambda: None
@@ -219,15 +222,16 @@ class Executor:
             return
         if not lane.occupied and not self._on_reactor:
             self.on_busy()
+        if lane.occupied < lane.threads:
+            lane.began(now, self.ended)
         lane.occupied += 1
         self._slot.take(call.function.label, now)
         call.abandon = self._give_up
         if call.function.timeout is not None or call.deadline is not None:
             self._deadlines.keep(call)
         self._waiting.put(call)
-        if self._watch is None and self.pool is not None:
-            lane.watch(now, self.ended)
-            self._watch = self._loop.callLater(HANDOVER_SECONDS, self._look)
+        if lane.occupied > lane.threads and self._watch is None and self.pool is not None:
+            self._look()
 
     def send_on(self, call: Call) -> None:
         """Have others run a call, whatever it is."""
@@ -269,18 +273,28 @@ class Executor:
 
     # What is handed over.
 
+    @property
+    def is_held_up(self) -> bool:
+        """Tell whether a blocking call that came now would have to wait for a long one."""
+        lane = self.lane
+        return lane.occupied >= lane.threads and lane.is_held_up(
+            self._clock(), self.ended + len(self._outcomes)
+        )
+
     def _look(self) -> None:
+        """See to what waits; a timer costs more than a quick task, so there is one only then."""
         self._watch = None
         pool, lane = self.pool, self.lane
         if pool is None:
             return
         ended = self.ended + len(self._outcomes)
-        found = lane.look(self._clock(), ended, pool.is_anyone_idle)
+        found, handed = lane.look(self._clock(), ended, pool.idle)
+        if handed:
+            self._hand_over_waiting(handed)
         if found is Look.MOVING:
             self._watch = self._loop.callLater(HANDOVER_SECONDS, self._look)
         elif found is Look.FULL:
-            # A thread that has not come to its call yet is to find one.
-            self._hand_over_waiting(lane.occupied - lane.threads)
+            self.is_relieved = True
             pool.filled()
 
     def hand_over_all(self) -> None:
@@ -470,9 +484,11 @@ class Executor:
 
     def _look_around(self, pool: Pool) -> None:
         """Take note that threads have become free, and think of those who wait elsewhere."""
-        if self.lane.reopens():
+        was_full = self.lane.reopens()
+        if self.is_relieved and self.lane.occupied < self.lane.threads:
+            self.is_relieved = False
             pool.freed()
-        if pool.waits() and self.lane.asks():
+        if pool.waits() and self.lane.asks(was_full):
             pool.ask()
 
     def _send_report(self, call: Call, line: bytes) -> None:

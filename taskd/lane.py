@@ -18,26 +18,26 @@ from typing import Final
 __all__ = ["HANDOVER_SECONDS", "PATIENCE_SECONDS", "Lane", "Look"]
 
 HANDOVER_SECONDS: Final = 0.001
-"""So long a task may run before what waits behind it goes to a worker that idles."""
+"""So long a task may run before what waits behind it goes to workers that idle."""
 
-PATIENCE_SECONDS: Final = 0.010
+PATIENCE_SECONDS: Final = 0.025
 """
-So long a task may run before what waits behind it joins the queue of a pool in
-which nobody idles. Longer than ``HANDOVER_SECONDS``, since a machine with more
-processes than cores keeps quick tasks waiting for a few milliseconds, and a
-thousand of them are sooner done here than sent around.
+So long a task may run before all that waits behind it, and all that comes, goes
+to the supervisor's queue, whether anybody idles or not. Longer than a machine
+with more processes than cores lets a quick task wait for its core: a thousand of
+them are sooner done here than sent around.
 """
 
 
 class Look(Enum):
     """What has been found by looking at a lane."""
 
-    FREE = "free"
-    """A thread is free: there is nothing to watch until the next call."""
+    CLEAR = "clear"
+    """Nothing waits: there is nothing to watch until something does."""
     MOVING = "moving"
-    """Calls come to an end; look again after ``HANDOVER_SECONDS``."""
+    """Calls come to an end, or may yet; look again after ``HANDOVER_SECONDS``."""
     FULL = "full"
-    """What waits, and what comes, has to be handed over."""
+    """They do not: what waits, and what comes, is to be handed over."""
 
 
 class Lane:
@@ -57,6 +57,7 @@ class Lane:
         "_is_asking",
         "_is_full",
         "_is_retired",
+        "_reserves",
         "_seen",
         "_since",
         "is_wary",
@@ -71,6 +72,7 @@ class Lane:
         self._is_full = False
         self._is_retired = False
         self._is_asking = False
+        self._reserves = False
         self._since = 0.0
         self._seen = 0
 
@@ -96,13 +98,13 @@ class Lane:
             self._is_full
             or self._is_retired
             # The thread that is free was promised to the oldest task of all.
-            or (self._is_asking and self.occupied < self.threads)
+            or (self._reserves and self.occupied < self.threads)
             or (priority > 0 and self.occupied >= self.threads)
         )
 
-    def watch(self, now: float, ended: int) -> None:
+    def began(self, now: float, ended: int) -> None:
         """
-        Begin to watch; the first look is due after ``HANDOVER_SECONDS``.
+        Take note that a thread which was free has got a call.
 
         Args:
             now: Seconds, on a clock that never goes back.
@@ -111,7 +113,11 @@ class Lane:
         self._since = now
         self._seen = ended
 
-    def look(self, now: float, ended: int, is_anyone_idle: Callable[[], bool]) -> Look:
+    def is_held_up(self, now: float, ended: int) -> bool:
+        """Tell whether the calls that hold the threads take long, if all are held; as ``look``."""
+        return ended == self._seen and now - self._since >= HANDOVER_SECONDS
+
+    def look(self, now: float, ended: int, idle: Callable[[], int]) -> tuple[Look, int]:
         """
         Find out whether the calls that run take long.
 
@@ -119,25 +125,28 @@ class Lane:
         each has been running for that while.
 
         Args:
-            now: Seconds, on the clock of ``watch``.
+            now: Seconds, on the clock of ``began``.
             ended: How many calls have come to an end here so far.
-            is_anyone_idle: Tells whether another worker could start a task now;
-                asked only if that matters.
+            idle: Tells how many tasks the other workers could start now; asked
+                only if that matters.
 
         Returns:
-            What was found; ``FULL`` once, until ``reopen``.
+            What was found, and how many of the calls that wait are to be handed
+            over. While calls may yet come to an end, no more than find an idle
+            worker at once; ``FULL``, with all of them, comes once until ``reopens``.
         """
-        if self.occupied < self.threads or self._is_full or self._is_retired:
-            return Look.FREE
+        waiting = self.occupied - self.threads
+        if waiting <= 0 or self._is_full or self._is_retired:
+            return Look.CLEAR, 0
         if ended != self._seen:
-            self.watch(now, ended)
-            return Look.MOVING
+            self.began(now, ended)  # the one that runs now, at some time since the last look
+            return Look.MOVING, 0
         ran = now - self._since
-        if ran >= PATIENCE_SECONDS or (ran >= HANDOVER_SECONDS and is_anyone_idle()):
+        if ran >= PATIENCE_SECONDS:
             self._is_full = True
             self._update()
-            return Look.FULL
-        return Look.MOVING
+            return Look.FULL, waiting
+        return Look.MOVING, min(waiting, idle()) if ran >= HANDOVER_SECONDS else 0
 
     def reopens(self) -> bool:
         """Take note that calls have ended; tell whether that ends a time of being full."""
@@ -147,22 +156,29 @@ class Lane:
         self._update()
         return True
 
-    def asks(self) -> bool:
+    def asks(self, was_full: bool) -> bool:
         """
         Decide whether to ask the supervisor, which has tasks that wait, for one.
 
         A worker that is not full asks even while quick tasks of its own wait
         here, since those of others would otherwise wait for ever.
+
+        Args:
+            was_full: True if it is not full any more just now. Then its tasks
+                take long, and its free thread is kept for the answer: whatever
+                comes meanwhile has waited less. After quick tasks it would be
+                idle for longer than they take.
         """
         if self._is_full or self._is_retired or self._is_asking:
             return False
         self._is_asking = True
+        self._reserves = was_full
         self._update()
         return True
 
     def answered(self) -> None:
         """Take note that the supervisor has answered."""
-        self._is_asking = False
+        self._is_asking = self._reserves = False
         self._update()
 
     def retire(self) -> None:
@@ -171,4 +187,4 @@ class Lane:
         self._update()
 
     def _update(self) -> None:
-        self.is_wary = self._is_full or self._is_retired or self._is_asking
+        self.is_wary = self._is_full or self._is_retired or self._reserves

@@ -106,7 +106,7 @@ class LongLineReceiver(LineReceiver):
             lines[0] = b"".join([*self._pieces, lines[0]])
             self._forget_pieces()
         for number, line in enumerate(lines, 1):
-            if len(line) > self.MAX_LENGTH and len(line.rstrip(b"\r")) > self.MAX_LENGTH:
+            if len(line) > self.MAX_LENGTH + line.endswith(b"\r"):
                 self.lineLengthExceeded(line)  # type: ignore[no-untyped-call]
                 return False
             self.lineReceived(line)  # type: ignore[no-untyped-call]

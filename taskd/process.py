@@ -130,7 +130,10 @@ def describe_end(status: int) -> str:
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         hint = "; out of memory?" if number == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(number).name}{hint}"
+        # Most of the real-time signals have no name.
+        named = number in list(signal.Signals)
+        name = signal.Signals(number).name if named else f"signal {number}"
+        return f"was killed by {name}{hint}"
     return f"exited with status {os.WEXITSTATUS(status)}"
 
 

@@ -114,9 +114,9 @@ class Relay:
         """Tell how many tasks of all workers wait."""
         return self._scoreboard.waiting
 
-    def is_anyone_idle(self) -> bool:
-        """Tell whether another worker could start a blocking task now."""
-        return self._scoreboard.is_anyone_idle(self._executor.lane.threads)
+    def idle(self) -> int:
+        """Tell how many blocking tasks the other workers could start now."""
+        return self._scoreboard.idle_threads(self._executor.lane.threads)
 
     def ask(self) -> None:
         """Ask for a task that waits."""
@@ -199,6 +199,10 @@ class Relay:
         self._here[number] = call
         self._number_of[call] = number
         self._executor.start(call, pending)
+        lane = self._executor.lane
+        # One answer is one task, and another thread may have become free meanwhile.
+        if lane.occupied < lane.threads and self.waits() and lane.asks(False):
+            self.ask()
 
     def _is_done(self, call: Call) -> None:
         if call.reply is not None:

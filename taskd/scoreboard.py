@@ -126,19 +126,20 @@ class Scoreboard:
         """Tell how many tasks wait in the supervisor's queue."""
         return self._words[_WAITING]
 
-    def is_anyone_idle(self, threads: int) -> bool:
+    def idle_threads(self, threads: int) -> int:
         """
-        Tell whether a worker could start a blocking task now.
+        Tell how many blocking tasks the workers could start now.
 
         Args:
             threads: How many each can run at a time, from 1.
         """
-        taken = self._on_threads.tolist()
-        return any(
-            state == State.READY and taken[number] < threads
-            for number, state in enumerate(self._states.tolist())
-            if number
-        )
+        free = 0
+        for state, taken in zip(
+            self._states.tolist()[1:], self._on_threads.tolist()[1:], strict=True
+        ):
+            if state == State.READY and taken < threads:
+                free += threads - taken
+        return free
 
     def occupied(self) -> list[int]:
         """Give how many blocking calls each worker has, by slot number."""

@@ -121,6 +121,8 @@ class TaskProtocol(LongLineReceiver):
         if replies:
             self.transport.write(b"".join(replies) if len(replies) > 1 else replies[0])
             replies.clear()
+            if self._factory.settings.idle_seconds is not None:
+                self._factory.stirred(self)  # its peer may take its time from here
             if getattr(self.transport, "unsent_bytes", 0) > _MOST_UNSENT_BYTES:
                 self.transport.on_sent = self._read_on
                 self._hold(_UNREAD, True)

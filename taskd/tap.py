@@ -8,6 +8,7 @@ environment; everything below it is told.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -213,10 +214,18 @@ def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Set
         first_line_seconds=options["first-line-timeout"],
         idle_seconds=options["idle-timeout"],
         max_tasks=options["max-tasks"],
-        max_rss_bytes=None if options["max-rss"] is None else int(options["max-rss"] * 2**20),
+        max_rss_bytes=_bytes_of(options["max-rss"]),
         debug=bool(options["debug"]),
         smtp=_smtp_from(options, environ),
     )
+
+
+def _bytes_of(mib: Any) -> Any:
+    """Give MiB in bytes; what is no integer is left to the settings, which refuse it."""
+    if mib is None:
+        return None
+    size = mib * 2**20
+    return int(size) if math.isfinite(size) else size
 
 
 def _is_loopback(interface: str) -> bool:

@@ -163,15 +163,15 @@ def rehearse(prepared: Prepared) -> None:
     scoreboard_fd = Scoreboard.create(1)
     worker = _Worker(1, prepared, scoreboard_fd, reactor, memoryview(bytearray(64)))
     os.close(scoreboard_fd)
-    with socket.socket() as port, socket.socket() as caller:
+    ours, theirs = socket.socketpair()
+    with ours, socket.socket() as port, socket.socket() as caller:
         port.bind(("127.0.0.1", 0))
         port.listen()
         port.setblocking(False)
-        ours, theirs = socket.socketpair()
         worker.serve(theirs, [os.dup(port.fileno())])
         caller.connect(port.getsockname())
         caller.setblocking(False)
-        rehearsal = _Rehearsal(ours.close)
+        rehearsal = _Rehearsal(partial(ours.sendall, b"stop\ngo\n"))
         reactor.adoptStreamConnection(caller.fileno(), socket.AF_INET, OneConnection(rehearsal))  # type: ignore[no-untyped-call]
         reactor.run(installSignalHandlers=False)
     signal.alarm(0)
@@ -310,7 +310,9 @@ class _Worker:
         adopt_link(self._reactor, link.fileno(), self._link)
         link.close()
         for fd in listening:
-            self._ports.append(SharedPort(fd, self._factory, self._reactor))
+            port = SharedPort(fd, self._factory, self._reactor)
+            port.on_accept = self._leave_the_ports_if_held_up
+            self._ports.append(port)
             os.close(fd)
         self._reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
         self._slot.ready()
@@ -333,8 +335,14 @@ class _Worker:
         for port in self._ports:
             port.step_back()
 
+    def _leave_the_ports_if_held_up(self) -> None:
+        if self._executor.is_held_up:
+            self._executor.is_relieved = True
+            self._leave_the_ports()
+
     def _leave_the_ports(self) -> None:
-        if self._relay.is_anyone_idle():
+        """Let those accept who can do what will be asked, as long as there are any."""
+        if self._relay.idle():
             for port in self._ports:
                 port.leave()
 
@@ -408,6 +416,8 @@ class _Worker:
 
     def _orphaned(self) -> None:
         """Finish and go: without a supervisor there is no pool, and what is printed is lost."""
+        if self._done.called:
+            return  # it is this end that has closed
         with open(os.devnull, "wb") as devnull:
             for stream in (1, 2):
                 os.dup2(devnull.fileno(), stream)
