@@ -69,7 +69,9 @@ SECTIONS: Mapping[str, Section] = {
         has_reference=False,
     ),
     "limit": Section(
-        "a blocking task that comes to its time limit, 1 worker", limit, has_reference=False
+        "a worker whose thread is lost to a time limit, and one that is killed",
+        limit,
+        has_reference=False,
     ),
     "replace": Section(
         "1000 tasks/s over 8 connections while all 8 workers are replaced",

@@ -144,6 +144,16 @@ def limit(bench: Bench) -> Iterator[Row]:
         target=at_most(50),
         detail="from the answer time-limit to the next task's reply, one worker",
     )
+    with TaskdServer(bench.directory, 8) as server:
+        samples = [_recovery_ms(server) for _ in range(3 * bench.rounds)]
+    yield Row(
+        section="limit",
+        name="whole again after kill -9",
+        unit="ms",
+        samples=samples,
+        target=at_most(100),
+        detail="from the signal until all of 8 workers serve again",
+    )
 
 
 def _absence_ms(port: int) -> float:
@@ -154,6 +164,20 @@ def _absence_ms(port: int) -> float:
         began = time.perf_counter()
         next_one.ask("echo_thread")
         return (time.perf_counter() - began) * 1e3
+
+
+def _recovery_ms(server: TaskdServer) -> float:
+    time.sleep(1.1)  # one that dies within a second of its start is replaced later, on purpose
+    with Caller(server.port) as caller:
+        status = caller.ask("taskd.status")
+        victim = next(w for w in status["workers"] if w["worker"] != status["answered_by"])
+        began = time.perf_counter()
+        os.kill(victim["pid"], signal.SIGKILL)
+        while True:
+            workers = caller.ask("taskd.status")["workers"]
+            serving = {w["pid"] for w in workers if w["state"] in ("idle", "busy")}
+            if len(serving - {victim["pid"]}) == server.procs:
+                return (time.perf_counter() - began) * 1e3
 
 
 def replace(bench: Bench) -> Iterator[Row]:

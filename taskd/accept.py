@@ -22,7 +22,7 @@ from twisted.internet import tcp
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IAddress, IDelayedCall, IReadDescriptor
+from twisted.internet.interfaces import IAddress, IDelayedCall, IProtocol, IReadDescriptor
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -30,7 +30,20 @@ from zope.interface import implementer
 from taskd.lines import EagerWrites
 from taskd.policy import NO_ROOM_PAUSE_SECONDS, accept_pause, connection_ceiling
 
-__all__ = ["Accepting", "EagerServer", "SharedPort", "SharingReactor"]
+__all__ = ["Accepting", "EagerServer", "Guest", "SharedPort", "SharingReactor"]
+
+
+class Guest(Protocol):
+    """A connection's protocol, seen from the port."""
+
+    def makeConnection(self, transport: Any, /) -> None:
+        """Begin."""
+
+    def accepted(self) -> None:
+        """Take note that the connection has just come."""
+
+    def adopted(self, unread: bytes, /) -> None:
+        """Take note that it came from another process, with what was read from it there."""
 
 
 class Accepting(Protocol):
@@ -47,7 +60,7 @@ class Accepting(Protocol):
     @property
     def open_connections(self) -> int: ...  # noqa: D102
 
-    def buildProtocol(self, addr: IAddress, /) -> Any: ...  # noqa: D102
+    def buildProtocol(self, addr: IAddress, /) -> Guest: ...  # noqa: D102
 
 
 class SharingReactor(EPollReactor):
@@ -189,7 +202,7 @@ class SharedPort:
             self._log.error("no connection can be accepted: {why}", why=error.strerror)
             self._leave_for(NO_ROOM_PAUSE_SECONDS)
             return
-        self._serve(connection, address)
+        self._serve(connection, address).accepted()
         self._in_a_row += 1
         held = self._factory.open_connections
         pause = accept_pause(held, self._in_a_row)
@@ -197,12 +210,17 @@ class SharedPort:
             self._leave_for(pause)
         self.on_accept()
 
-    def _serve(self, connection: socket.socket, address: Any) -> Any:
+    def _serve(self, connection: socket.socket, address: Any) -> Guest:
         protocol = self._factory.buildProtocol(self._address_type("TCP", *address))
         self._accepted += 1
         protocol.makeConnection(
             EagerServer(
-                connection, protocol, address, cast(Any, self), self._accepted, self._reactor
+                connection,
+                cast(IProtocol, protocol),
+                address,
+                cast(Any, self),
+                self._accepted,
+                self._reactor,
             )
         )
         return protocol
@@ -222,9 +240,7 @@ class SharedPort:
         except OSError:
             connection.close()  # its peer has gone meanwhile
             return
-        protocol = self._serve(connection, address)
-        if unread:
-            protocol.dataReceived(unread)
+        self._serve(connection, address).adopted(unread)
 
     def leave(self) -> None:
         """Accept nothing until ``come_back``, as long as the siblings do."""

@@ -271,6 +271,7 @@ def call_once(
     *,
     timeout: float | None = None,
     on_progress: OnProgress | None = None,
+    connect_timeout: float = 10.0,
 ) -> Deferred[Any]:
     """
     Ask for one task over a connection of its own.
@@ -285,16 +286,17 @@ def call_once(
         args: Its arguments.
         timeout: Seconds, or None.
         on_progress: Takes what the task reports.
+        connect_timeout: As for ``TaskClient``.
 
     Returns:
         Fires with the result, when the connection is closed again.
 
     Raises:
         TaskdError: As ``TaskClient.call_with``.
-        ValueError: *endpoint* or *timeout* cannot be.
+        ValueError: *endpoint* or a number of seconds cannot be.
     """
     try:
-        client = TaskClient(reactor, endpoint, pool=1)
+        client = TaskClient(reactor, endpoint, pool=1, connect_timeout=connect_timeout)
     except ValueError as error:
         return fail(error)
     called = client.call_with(function, args, timeout=timeout, on_progress=on_progress)

@@ -416,7 +416,7 @@ class Asked:
         terms = self._terms
         if terms.timeout is not None:
             waited = self._reactor.seconds() - self._began
-            terms = terms._replace(timeout=round(max(0.001, terms.timeout - waited), 6))
+            terms = terms._replace(timeout=max(0.001, round(terms.timeout - waited, 3)))
         return connection.call(self._function, self._args, terms, self._on_progress)
 
     def wait_in(self, gates: deque[Gate]) -> Deferred[Any]:

@@ -328,21 +328,23 @@ class Dispatcher:
                     return
 
     def _fill(self, peer: Peer, occupied: Sequence[int], now: float) -> None:
-        """Give a worker what waits, as long as it is free."""
-        while self._is_free(peer, occupied) and (task := self._next(now)) is not None:
+        """Give a worker what waits, as often as it has a free thread."""
+        for _ in range(self._free_threads(peer, occupied)):
+            task = self._next(now)
+            if task is None:
+                return
             self._give(task, peer, now)
 
-    def _is_free(self, peer: Peer, occupied: Sequence[int]) -> bool:
+    def _free_threads(self, peer: Peer, occupied: Sequence[int]) -> int:
         standing = self._peers[peer]
-        return (
-            standing.is_open
-            and not standing.has_declined
-            and max(occupied[peer.number], len(standing.running)) < self._threads
-        )
+        if not standing.is_open or standing.has_declined:
+            return 0
+        # What it was given may be on its way, and is then not among what it shows.
+        return max(0, self._threads - max(occupied[peer.number], len(standing.running)))
 
     def _is_anyone_free(self) -> bool:
         occupied = self._occupied()
-        return any(self._is_free(peer, occupied) for peer in self._peers)
+        return any(self._free_threads(peer, occupied) for peer in self._peers)
 
     def _give(self, task: Task, peer: Peer, now: float) -> None:
         task.runner = peer

@@ -24,6 +24,7 @@ from contextvars import copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
+from weakref import WeakKeyDictionary
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
@@ -35,10 +36,11 @@ from taskd.deadlines import Deadlines, Timer
 from taskd.errors import InternalError
 from taskd.functions import Function, Kind, reporting_to
 from taskd.lane import HANDOVER_SECONDS, Lane, Look
+from taskd.pool import Pool
 from taskd.scoreboard import Slot
 from taskd.wire import NO_TERMS, encode_error, encode_progress, encode_result
 
-__all__ = ["Executor", "Loop", "Pool"]
+__all__ = ["Executor", "Loop"]
 
 _LAST_MOMENT_SECONDS: Final = 0.01
 """How long a thread may take to come to its own end when its call is given up."""
@@ -56,31 +58,6 @@ class Loop(Timer, Protocol):
     def callFromThread(  # noqa: N802, D102
         self, f: Callable[..., object], /, *args: object
     ) -> None: ...
-
-
-class Pool(Protocol):
-    """The other workers, seen from here."""
-
-    def take(self, calls: list[Call], /) -> None:
-        """Have calls run by whoever is free; their ``abandon`` is the taker's."""
-
-    def waits(self) -> int:
-        """Tell how many tasks of all workers wait."""
-
-    def idle(self) -> int:
-        """Tell how many blocking tasks the other workers could start now."""
-
-    def ask(self) -> None:
-        """Ask for a task that waits."""
-
-    def filled(self) -> None:
-        """Take note that this worker has no thread to spare."""
-
-    def freed(self) -> None:
-        """Take note that it has one again."""
-
-    def stuck(self) -> None:
-        """Take note that a thread is lost to a call that was given up, and cannot be stopped."""
 
 
 class Executor:
@@ -128,6 +105,7 @@ class Executor:
         self._threads_to_start = threads
         self._threads: dict[int, Call | None] = {}
         self._on_reactor: dict[Call, None] = {}
+        self._failures: WeakKeyDictionary[Deferred[Any], Failure] = WeakKeyDictionary()
         self._stuck: set[Call] = set()
         self._deadlines = Deadlines(loop, slot, clock)
         self._watch: IDelayedCall | None = None
@@ -191,6 +169,9 @@ class Executor:
         now = self._clock()
         if call.terms.timeout is not None and call.deadline is None:
             call.deadline = now + call.terms.timeout
+        if call.deadline is not None and call.deadline <= now:  # it was on its way for too long
+            self._deadlines.keep(call)
+            return
         if function.kind is Kind.THREAD:
             if (
                 (lane.is_wary or call.terms is not NO_TERMS)
@@ -353,7 +334,17 @@ class Executor:
 
     def _wait_for(self, pending: Deferred[Any], call: Call, began: float) -> None:
         call.abandon = partial(self._cancel, pending)
-        pending.addBoth(self._settle, call, began)
+        pending.addBoth(self._settle_pending, pending, call, began)
+
+    def _settle_pending(self, result: Any, pending: Deferred[Any], call: Call, began: float) -> Any:
+        """Take what a Deferred has fired with, which its task may have returned to others too."""
+        if isinstance(result, Failure):
+            # Left in the Deferred it would be logged as nobody's; the next one gets it from here.
+            self._failures[pending] = result
+        else:
+            result = self._failures.get(pending, result)
+        self._settle(result, call, began)
+        return None if isinstance(result, Failure) else result
 
     def _cancel(self, pending: Deferred[Any], call: Call) -> None:
         try:

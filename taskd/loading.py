@@ -61,6 +61,8 @@ def _load(name: str) -> ModuleType:
 
 def _in_one_line(error: BaseException) -> str:
     """Name an exception and, where it came out of the operator's code, the line."""
+    if isinstance(error, SyntaxError) and error.filename:  # its own text leaves the path out
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     text = " ".join("".join(traceback.format_exception_only(error)).split())
     frames = [
         frame
@@ -68,6 +70,6 @@ def _in_one_line(error: BaseException) -> str:
         if not frame.filename.startswith(("<frozen", os.path.dirname(__file__)))
         and frame.filename != importlib.__file__
     ]
-    if frames and not isinstance(error, SyntaxError):
+    if frames:
         text += f" ({frames[-1].filename}, line {frames[-1].lineno})"
     return text

@@ -83,12 +83,17 @@ class TaskProtocol(LongLineReceiver):
         self._linger: IDelayedCall | None = None
         self._has_peer_ended = False
         self._is_hanging_up = False
-        self._is_silent = True
+        self._is_silent = False
         self._holds = 0
 
     def connectionMade(self) -> None:
-        """Join the factory's connections, if there is room."""
+        """Join the factory's connections."""
         self._factory.joined(self)
+
+    def accepted(self) -> None:
+        """Have the time run in which a request must come; turn the peer away if it is crowded."""
+        self._is_silent = True
+        self._factory.accepted(self)
         if self._factory.is_crowded():
             self._session.turn_away(
                 Overloaded(
@@ -96,6 +101,11 @@ class TaskProtocol(LongLineReceiver):
                     retry_after=_REFUSED_RETRY_SECONDS,
                 )
             )
+
+    def adopted(self, unread: bytes) -> None:
+        """Go on where another worker has left off, with what was read there."""
+        if unread:
+            self.dataReceived(unread)
 
     def dataReceived(self, data: bytes) -> None:
         """Take what came; replies that are ready at once leave in one write."""
@@ -106,14 +116,18 @@ class TaskProtocol(LongLineReceiver):
             self._factory.spoke(self)
         if self._factory.settings.idle_seconds is not None:
             self._factory.stirred(self)
+        is_within = self._is_receiving  # a pause has ended while a line was taken
         self._is_receiving = True
         try:
             super().dataReceived(data)
         except Exception:
             self._log.failure("a bug in taskd: a connection is closed for it")
             self.transport.abortConnection()
-        self._is_receiving = False
-        self.flush()
+        self._is_receiving = is_within
+        if not is_within:
+            self.flush()
+            if self._factory.move is not None:
+                self.move()
 
     def flush(self) -> None:
         """Send what waits for the end of a batch."""
@@ -191,6 +205,8 @@ class TaskProtocol(LongLineReceiver):
         """Go to another worker, if nothing is owed here."""
         move, give_away = self._factory.move, getattr(self.transport, "give_away", None)
         if move is None or give_away is None or self._has_peer_ended or self._is_hanging_up:
+            return
+        if self._is_receiving:  # the rest of what has come is in nobody's buffer
             return
         self.flush()
         if self._session.can_move:
@@ -310,8 +326,11 @@ class TaskServerFactory(Factory):
     def joined(self, connection: TaskProtocol) -> None:
         """Count a connection that came."""
         self._connections.add(connection)
-        self._silent_since[connection] = self._clock()
         self._slot.connected(len(self._connections))
+
+    def accepted(self, connection: TaskProtocol) -> None:
+        """Watch a connection until its first line has come."""
+        self._silent_since[connection] = self._clock()
 
     def spoke(self, connection: TaskProtocol) -> None:
         """Take note of a connection's first line."""

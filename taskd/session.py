@@ -186,12 +186,16 @@ class Session:
         """
         Take the end of the peer's sending; what is owed is still answered.
 
+        A peer that has closed looks like one that has only ended its sending, so
+        the tasks that are to end with their callers do so now.
+
         Args:
             is_mid_line: True if it came before a line's line feed.
         """
         if is_mid_line and not self._is_ending:
             self._refuse(ABSENT, Malformed("the last line was not ended by a line feed"))
         self._is_ending = True
+        self._end_with_caller()
         self._hang_up_if_done()
 
     def drain(self) -> None:
@@ -215,6 +219,9 @@ class Session:
         Tasks go on, unless their callers wanted otherwise; their replies are dropped.
         """
         self._is_gone = self._is_ending = True
+        self._end_with_caller()
+
+    def _end_with_caller(self) -> None:
         for call in [c for c in self._in_flight if c.terms.ends_with_caller]:
             call.fail(Cancelled(f"the connection of {call.function.name}'s caller has ended"))
 

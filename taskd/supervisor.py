@@ -85,7 +85,7 @@ class Supervisor(Service):
         self._listening: Any = None
         self._zygotes: Zygotes
         self._workers: dict[int, Worker] = {}
-        self._requested: set[int] = set()
+        self._requested: dict[int, Zygote] = {}
         self._worn: deque[Worker] = deque()
         self._leaving: list[Worker] = []
         self._removals = Removals()
@@ -199,8 +199,7 @@ class Supervisor(Service):
 
     def zygote_gone(self, zygote: Zygote, is_current: bool) -> None:
         """Become the parent of a dead zygote's workers, which serve on."""
-        if is_current:
-            self._requested.clear()
+        self._requested = {n: z for n, z in self._requested.items() if z is not zygote}
         for worker in list(self._workers.values()):  # one that is dead is reaped at once
             if worker.zygote is zygote:
                 worker.await_death()
@@ -208,6 +207,7 @@ class Supervisor(Service):
             self._check_stopped()
         else:
             self._reap_strays()
+            self._fill()
 
     def _reap_strays(self) -> None:
         """
@@ -224,7 +224,7 @@ class Supervisor(Service):
 
     def worker_forked(self, zygote: Zygote, number: int, pid: int, fd: int) -> None:
         """Take in a worker that a zygote has forked."""
-        self._requested.discard(number)
+        self._requested.pop(number, None)
         worker = Worker(self, zygote, number, pid)
         self._workers[pid] = worker
         self._adopt(self._reactor, fd, worker)
@@ -235,10 +235,11 @@ class Supervisor(Service):
             worker.stop()
         elif not self._zygotes.is_latest(zygote):
             self._wear_out(worker, Cause.RELOAD)
+            self._fill()
 
     def worker_not_forked(self, number: int, reason: str) -> None:
         """Try again later what the kernel refused."""
-        self._requested.discard(number)
+        self._requested.pop(number, None)
         delay = self._births.died(0.0)
         self._log.error(
             "worker {number} cannot be forked: {reason}; next try in {delay:g} s",
@@ -251,7 +252,7 @@ class Supervisor(Service):
     def worker_ready(self, worker: Worker) -> None:
         """Have a worker that accepts take the place of one that is to go."""
         worker.ready_at = self.clock()
-        if self._stopped is not None:
+        if self._stopped is not None or worker.is_retired:  # nothing is to be given to it
             return
         self.dispatcher.join(worker, self.clock())
         if worker.cause is None:
@@ -354,7 +355,8 @@ class Supervisor(Service):
                 pid=pid,
                 died=describe_end(status),
             )
-        self._zygotes.dismiss_unused({worker.zygote for worker in self._workers.values()})
+        used = {worker.zygote for worker in self._workers.values()}
+        self._zygotes.dismiss_unused(used.union(self._requested.values()))
         self._check_stopped()
 
     def _fill(self) -> None:
@@ -366,11 +368,16 @@ class Supervisor(Service):
         present = [worker for worker in self._workers.values() if not worker.is_gone]
         lasting = sum(worker.cause is None for worker in present)
         missing = self._settings.procs - lasting - len(self._requested)
-        taken = {worker.number for worker in present} | self._requested
+        taken = {worker.number for worker in present}.union(self._requested)
         free = [n for n in range(1, self._scoreboard.slots + 1) if n not in taken]
+        if missing > len(free):
+            self._log.warn(
+                "{missing} workers cannot be replaced before old ones are done with their tasks",
+                missing=missing - len(free),
+            )
         numbers = set(free[: max(0, missing)])
         if numbers:
-            self._requested |= numbers
+            self._requested.update(dict.fromkeys(numbers, zygote))
             zygote.fork(numbers)
 
     # What is seen to now and then.

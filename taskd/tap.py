@@ -254,7 +254,12 @@ def _smtp_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> SmtpSe
             raise SettingsError(f"--smtp-login {options['smtp-login']}: {why}") from None
     user, colon, password = login.partition(":")
     if login and not (user and colon):
-        raise SettingsError("the login for the mail server must be USER:PASSWORD")
+        source = (
+            f"--smtp-login {options['smtp-login']}"
+            if options["smtp-login"]
+            else _SMTP_LOGIN_VARIABLE
+        )
+        raise SettingsError(f"{source}: the login for the mail server must be USER:PASSWORD")
     return SmtpSettings(
         host=host.strip("[]"),
         port=int(port),

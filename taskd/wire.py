@@ -165,7 +165,9 @@ def _decode_strictly(text: str) -> dict[str, Any]:
             _refuse_depth(text)
         value = _STRICT.decode(text)
     except ValueError as error:
-        raise Malformed(f"not JSON: {error}") from None
+        # Python's words for this one advise its own programmers.
+        told = "an integer of more than 4300 digits" if "digits" in str(error) else str(error)
+        raise Malformed(f"not JSON: {told}") from None
     if type(value) is not dict:
         raise _not_an_object()
     if "\\u" in text:
@@ -306,8 +308,8 @@ def encode(value: Any) -> str:
         return _dumps(value, False, False, False, False, 0, False)
     except (OverflowError, ValueError) as error:
         # ujson's words for NaN and the infinities name neither.
-        told = "NaN or Infinity" if "double" in str(error) else str(error)
-        raise NotJson(f"JSON cannot carry it: {told}") from None
+        told = "it holds NaN or Infinity" if "double" in str(error) else str(error)
+        raise NotJson(told) from None
 
 
 def _line(text: str) -> bytes:

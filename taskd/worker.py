@@ -52,6 +52,9 @@ _BEAT_SECONDS: Final = 0.5
 _TITLE_ROOM: Final = 64
 """Bytes of a task's name that a process title shows."""
 
+_REFUSALS_SECONDS: Final = 0.1
+"""How long the supervisor may take, at the end of the grace, to refuse what was never started."""
+
 _FLUSH_SECONDS: Final = 0.1
 """How long the last replies get to leave after the grace is over."""
 
@@ -404,7 +407,7 @@ class _Worker:
         # Even a reactor that is held up by a task does not outlive its grace.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(int(grace) + 2)
-        self._reactor.callLater(grace, self._give_up)
+        self._reactor.callLater(grace + _REFUSALS_SECONDS, self._give_up)
         self._factory.drain()
         self._go_if_done()
 

@@ -162,8 +162,9 @@ class _Zygote:
             os.write(writer, told.encode()[: select.PIPE_BUF])
             os._exit(0)
         os.close(writer)
-        with open(reader, "rb") as pipe:
-            told = pipe.read().decode(errors="replace")
+        # One read, not until the end: the modules may have started what keeps the pipe open.
+        told = os.read(reader, select.PIPE_BUF).decode(errors="replace")
+        os.close(reader)
         os.waitpid(pid, 0)
         if told != _SUCCESS:
             raise StartFailed(told or "the process died while it imported the task modules")

@@ -166,6 +166,9 @@ class Zygotes:
     def zygote_loaded(self, zygote: Zygote) -> None:
         """Have a zygote fork from now on."""
         zygote.loaded_at = self._owner.clock()
+        if self._is_stopping:
+            zygote.unlisten()  # it could not be told before
+            return
         is_reload = zygote is self._next
         if is_reload:
             if self._current is not None:

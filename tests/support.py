@@ -25,6 +25,7 @@ from twisted.test.iosim import FakeTransport, IOPump, connect
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
+from taskd.call import Call
 from taskd.client import TaskClientProtocol
 from taskd.executor import Executor
 from taskd.functions import Registry, task
@@ -35,6 +36,7 @@ from taskd.settings import Settings
 
 __all__ = [
     "PATIENCE",
+    "FakePool",
     "Loop",
     "MemoryDaemon",
     "MemoryEndpoint",
@@ -130,6 +132,8 @@ class MemoryTransport(StringTransport):
         writes: What was written, an item for each write.
         is_half_closed: True once this side is to be shut for sending.
         is_slow: True: what was written is under way until ``arrive``.
+        unsent_bytes: How much of it the peer has left unread.
+        on_sent: Called by who has all of it sent: the test.
     """
 
     def __init__(self, protocol: Any = None) -> None:
@@ -138,6 +142,8 @@ class MemoryTransport(StringTransport):
         self.writes: list[bytes] = []
         self.is_half_closed = False
         self.is_slow = False
+        self.unsent_bytes = 0
+        self.on_sent: Callable[[], None] | None = None
 
     def write(self, data: bytes) -> None:
         super().write(data)
@@ -153,9 +159,66 @@ class MemoryTransport(StringTransport):
         IHalfCloseableProtocol(self.protocol).writeConnectionLost()
 
     @property
+    def is_read(self) -> bool:
+        """Whether what the peer sends is read."""
+        return self.producerState == "producing"
+
+    def give_away(self, take: Callable[[Any], bool]) -> bool:
+        """Part with the connection, as ``EagerServer`` does."""
+        if self.unsent_bytes or self.disconnecting or not take(self):
+            return False
+        self.protocol.connectionLost(Failure(ConnectionDone()))
+        return True
+
+    @property
     def messages(self) -> list[Any]:
         """What was written, as JSON values."""
         return [json.loads(line) for line in self.value().splitlines()]
+
+
+class FakePool:
+    """
+    The other workers, played by the test.
+
+    Attributes:
+        taken: The calls that they were given.
+        told: What else they were told.
+        waiting: How many tasks of all wait.
+        idlers: How many they could start now; each that they are given is one less.
+        answer: What ends each call at once, or None: the test ends it.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[Call] = []
+        self.told: list[str] = []
+        self.waiting = 0
+        self.idlers = 0
+        self.answer: bytes | None = None
+
+    def take(self, calls: list[Call]) -> None:
+        self.taken += calls
+        self.idlers = max(0, self.idlers - len(calls))
+        if self.answer is not None:
+            for call in calls:
+                call.end(self.answer)
+
+    def waits(self) -> int:
+        return self.waiting
+
+    def idle(self) -> int:
+        return self.idlers
+
+    def ask(self) -> None:
+        self.told.append("ask")
+
+    def filled(self) -> None:
+        self.told.append("filled")
+
+    def freed(self) -> None:
+        self.told.append("freed")
+
+    def stuck(self) -> None:
+        self.told.append("stuck")
 
 
 # A daemon that is real from its connections down to its threads.
@@ -193,6 +256,7 @@ class MemoryDaemon:
             self.executor,
             self.slot,
             Settings(0, max_line_bytes=max_line_bytes, **settings),
+            open_everywhere=lambda: self.slot.status(0.0)["connections"],
             clock=self.loop.seconds,
         )
         self._pumps: list[IOPump] = []
@@ -202,6 +266,7 @@ class MemoryDaemon:
         protocol = self.factory.buildProtocol(None)
         transport = MemoryTransport(protocol)
         protocol.makeConnection(transport)
+        protocol.accepted()
         return protocol, transport
 
     def join(self, client: Any) -> IOPump:
@@ -214,6 +279,7 @@ class MemoryDaemon:
             _ClosingTransport(client, isServer=False),
             clock=self.loop,
         )
+        server.accepted()
         self._pumps.append(pump)
         return pump
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IReadDescriptor
-from twisted.internet.protocol import Protocol
+from twisted.internet.interfaces import IHalfCloseableProtocol, IReadDescriptor
 from twisted.internet.task import Clock
 from twisted.internet.testing import AccumulatingProtocol
 from twisted.python.failure import Failure
@@ -57,16 +56,36 @@ class WatchedReactor(Clock):
         self.writers.discard(writer)
 
 
+class GuestProtocol(AccumulatingProtocol):
+    """
+    Keeps what comes.
+
+    Attributes:
+        came_from: How it was told that it came: ``accepted``, or what was read elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.came_from: list[str | bytes] = []
+
+    def accepted(self) -> None:
+        assert self.transport is not None
+        self.came_from.append("accepted")
+
+    def adopted(self, unread: bytes) -> None:
+        assert self.transport is not None
+        self.came_from.append(unread)
+
+
 class CountingFactory:
     """Makes protocols, and counts the connections that the test has not ended."""
 
     def __init__(self) -> None:
         self.on_room: Callable[[], None] = lambda: None
-        self.made: list[Protocol] = []
+        self.made: list[GuestProtocol] = []
         self.open_connections = 0
 
-    def buildProtocol(self, addr: Any) -> Protocol:
-        self.made.append(AccumulatingProtocol())
+    def buildProtocol(self, addr: Any) -> GuestProtocol:
+        self.made.append(GuestProtocol())
         self.open_connections += 1
         return self.made[-1]
 
@@ -82,10 +101,23 @@ def listening_socket(case: SynchronousTestCase) -> socket.socket:
     return listening
 
 
+def lowest_free_fd() -> int:
+    fd = os.dup(0)
+    os.close(fd)
+    return fd
+
+
 def connect_to(case: SynchronousTestCase, listening: socket.socket) -> socket.socket:
     peer = socket.create_connection(listening.getsockname())
     case.addCleanup(peer.close)
     return peer
+
+
+def reset_by(peer: socket.socket) -> None:
+    """End a connection at once and by force, as its peer."""
+    linger = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    peer.close()
 
 
 class SharedPortTests(SynchronousTestCase):
@@ -131,6 +163,7 @@ class SharedPortTests(SynchronousTestCase):
         peer = self.connect()
         self.port.doRead()
         (protocol,) = self.factory.made
+        self.assertEqual(protocol.came_from, ["accepted"])
         peer.sendall(b"hello")
         protocol.transport.doRead()
         self.assertEqual(protocol.data, b"hello")
@@ -179,11 +212,12 @@ class SharedPortTests(SynchronousTestCase):
         """At its limit of connections it accepts no more until one has gone."""
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (RESERVED_FDS + 50, limits[1]))
+        most = lowest_free_fd() + 10
+        resource.setrlimit(resource.RLIMIT_NOFILE, (RESERVED_FDS + most, limits[1]))
         self.port.close()
         self.port = self.new_port()
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        while self.factory.open_connections < 50:
+        while self.factory.open_connections < most:
             self.assertTrue(self.is_accepting)
             self.accept()
             self.reactor.advance(ACCEPT_PAUSE_CEILING_SECONDS)
@@ -198,9 +232,7 @@ class SharedPortTests(SynchronousTestCase):
         peer = self.connect()
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
-        lowest_free = os.dup(0)
-        os.close(lowest_free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free_fd(), limits[1]))
         self.port.doRead()
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         self.assertEqual(self.factory.made, [])
@@ -224,6 +256,95 @@ class SharedPortTests(SynchronousTestCase):
         self.port.step_back()
         self.assertFalse(self.is_accepting)
 
+    def test_leaving(self) -> None:
+        """Who has left accepts nothing until it comes back, as often as each is said."""
+        for _ in range(2):
+            self.port.leave()
+            self.assertFalse(self.is_accepting)
+        for _ in range(2):
+            self.port.come_back()
+            self.assertEqual(self.reactor.readers, [self.port])
+        self.accept()
+
+    def test_what_would_bring_it_back(self) -> None:
+        """Neither the end of a pause, nor room, nor stepping back, brings back who has left."""
+        self.accept_until_it_pauses()
+        self.port.leave()
+        self.reactor.advance(ACCEPT_PAUSE_CEILING_SECONDS)
+        self.factory.lose_one()
+        self.port.step_back()
+        self.assertFalse(self.is_accepting)
+        self.port.come_back()
+        self.assertTrue(self.is_accepting)
+
+    def test_coming_back_in_a_pause(self) -> None:
+        """Who comes back in a pause accepts again when it is over."""
+        self.accept_until_it_pauses()
+        self.port.leave()
+        self.port.come_back()
+        self.assertFalse(self.is_accepting)
+        self.reactor.advance(ACCEPT_PAUSE_CEILING_SECONDS)
+        self.assertTrue(self.is_accepting)
+
+    def test_coming_back_to_a_closed_port(self) -> None:
+        """A port that was closed meanwhile is not accepted from again."""
+        self.port.leave()
+        self.port.close()
+        self.port.come_back()
+        self.assertEqual(self.reactor.readers, [])
+
+    def test_accepting_is_told(self) -> None:
+        """Each connection that was accepted is told of, and a wake-up in vain is not."""
+        told = []
+        self.port.on_accept = lambda: told.append(self.factory.open_connections)
+        self.port.doRead()
+        self.assertEqual(told, [])
+        self.accept()
+        self.accept()
+        self.assertEqual(told, [1, 2])
+
+    def moving(self) -> tuple[int, socket.socket]:
+        """Give a connection that another process has accepted, and its peer."""
+        peer = self.connect()
+        accepted, _ = self.listening.accept()
+        return accepted.detach(), peer
+
+    def test_adopting(self) -> None:
+        """A connection of another process goes on here, and is told what was read of it there."""
+        fd, peer = self.moving()
+        self.port.adopt(fd, b"hel")
+        (protocol,) = self.factory.made
+        self.assertEqual((protocol.came_from, protocol.data), ([b"hel"], b""))
+        self.assertEqual(protocol.transport.getPeer().port, peer.getsockname()[1])
+        self.assertIn(protocol.transport, self.reactor.readers)
+        peer.sendall(b"lo")
+        protocol.transport.doRead()
+        self.assertEqual(protocol.data, b"lo")
+        protocol.transport.write(b"welcome")
+        self.assertEqual(peer.recv(100), b"welcome")
+        protocol.transport.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual(peer.recv(100), b"")
+
+    def test_adopting_is_no_accepting(self) -> None:
+        """However many connections are adopted, that leads to no pause and is not told."""
+        told: list[None] = []
+        self.port.on_accept = lambda: told.append(None)
+        for _ in range(3 * FREE_ACCEPTS):
+            self.port.adopt(self.moving()[0], b"")
+        self.assertTrue(self.is_accepting)
+        self.assertEqual(told, [])
+        for protocol in self.factory.made:
+            protocol.transport.connectionLost(Failure(ConnectionDone()))
+
+    def test_adopting_too_late(self) -> None:
+        """A connection whose peer has gone meanwhile is closed, and nobody is told of it."""
+        fd, peer = self.moving()
+        reset_by(peer)
+        self.port.adopt(fd, b"hel")
+        self.assertEqual(self.factory.made, [])
+        with self.assertRaises(OSError):
+            os.fstat(fd)
+
     def test_close(self) -> None:
         """Who closes accepts no more, and the siblings go on."""
         sibling = self.new_port()
@@ -245,6 +366,17 @@ class SharedPortTests(SynchronousTestCase):
         self.port.close()
         self.port.close()
         self.assertFalse(self.is_accepting)
+
+
+@implementer(IHalfCloseableProtocol)
+class HalfCloseable(AccumulatingProtocol):
+    """Stays when its peer has sent all."""
+
+    def readConnectionLost(self) -> None:
+        pass
+
+    def writeConnectionLost(self) -> None:
+        pass
 
 
 class EagerServerTests(SynchronousTestCase):
@@ -311,9 +443,7 @@ class EagerServerTests(SynchronousTestCase):
 
     def test_the_peer_is_gone(self) -> None:
         """Writing to a peer that has gone raises nothing; the reactor finds out."""
-        reset = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
-        self.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-        self.peer.close()
+        reset_by(self.peer)
         self.server.write(b"hello")
         self.assertTrue(self.is_waiting)
         self.assertIsInstance(self.server.doWrite(), Exception)
@@ -341,6 +471,94 @@ class EagerServerTests(SynchronousTestCase):
             received += data
         self.assertEqual(len(received), len(sent))
         self.assertEqual(received, sent)
+
+    def test_who_waits_for_all_to_be_sent(self) -> None:
+        """Who waits is told when the last byte has been taken, and not before."""
+        told: list[bool] = []
+        self.server.on_sent = lambda: told.append(self.server.has_unsent)
+        self.server.write(b"x" * LONG)
+        self.assertEqual(told, [])
+        while self.is_waiting:
+            self.assertEqual(told, [])
+            self.peer.recv(LONG)
+            self.server.doWrite()
+        self.assertEqual(told, [False])
+
+    def test_what_is_unsent_is_counted(self) -> None:
+        """What waits is what was written without what the kernel has taken."""
+        self.server.write(b"x" * LONG)
+        waiting = self.server.unsent_bytes
+        self.assertTrue(0 < waiting < LONG)
+        self.server.write(b"y" * 10)
+        self.assertEqual(self.server.unsent_bytes, waiting + 10)
+        self.assertEqual(len(self.read_all()), LONG + 10)
+        self.assertEqual(self.server.unsent_bytes, 0)
+
+    def test_giving_it_away(self) -> None:
+        """A connection that was given away is over here, and its peer notices nothing."""
+        taken: list[socket.socket] = []
+
+        def take(connection: socket.socket) -> bool:
+            taken.append(connection.dup())
+            self.addCleanup(taken[0].close)
+            return True
+
+        self.assertTrue(self.server.give_away(take))
+        self.assertTrue(self.protocol.closed)
+        self.assertEqual((self.reactor.readers, self.reactor.writers), ([], set()))
+        self.peer.setblocking(False)
+        self.assertRaises(BlockingIOError, self.peer.recv, 100)
+        self.peer.sendall(b"hello")
+        self.assertEqual(taken[0].recv(100), b"hello")
+        taken[0].sendall(b"welcome")
+        self.assertEqual(self.peer.recv(100), b"welcome")
+
+    def test_what_nobody_takes(self) -> None:
+        """A connection that nobody takes goes on here."""
+        self.assertFalse(self.server.give_away(lambda connection: False))
+        self.assertFalse(self.protocol.closed)
+        self.peer.sendall(b"hello")
+        self.server.doRead()
+        self.assertEqual(self.protocol.data, b"hello")
+
+    def test_what_cannot_be_given_away(self) -> None:
+        """A connection with something unsent, or one that ends or has ended, is offered nobody."""
+        offered: list[Any] = []
+
+        def give_away() -> bool:
+            return self.server.give_away(lambda connection: not offered.append(connection))
+
+        self.server.write(b"x" * LONG)
+        self.assertFalse(give_away())
+        self.server.loseConnection()
+        self.read_all_but_the_end()
+        self.assertFalse(give_away())
+        self.server.connectionLost(Failure(ConnectionDone()))
+        self.assertFalse(give_away())
+        self.assertEqual(offered, [])
+
+    def read_all_but_the_end(self) -> None:
+        """Read as the peer until nothing waits, and leave the connection to its end."""
+        while self.server.has_unsent:
+            self.peer.recv(LONG)
+            self.server.doWrite()
+
+    def test_a_peer_that_has_closed(self) -> None:
+        """Closing a connection that its peer has closed needs no further round of the loop."""
+        listening = listening_socket(self)
+        peer = connect_to(self, listening)
+        ours, address = listening.accept()
+        protocol = HalfCloseable()
+        server = EagerServer(ours, protocol, address, None, 0, self.reactor)
+        protocol.makeConnection(server)
+        peer.shutdown(socket.SHUT_WR)
+        server.readConnectionLost(Failure(ConnectionDone()))
+        self.assertFalse(protocol.closed)
+        server.write(b"welcome")
+        server.loseConnection()
+        self.assertTrue(protocol.closed)
+        self.assertNotIn(server, self.reactor.readers)
+        self.assertEqual((peer.recv(100), peer.recv(100)), (b"welcome", b""))
 
 
 class SharingReactorTestCase(SynchronousTestCase):

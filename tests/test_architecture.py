@@ -33,6 +33,7 @@ FLOORS = {
     "accept": 4,
     "deadlines": 4,
     "link": 4,
+    "pool": 4,
     "session": 4,
     "connection": 5,
     "dispatcher": 5,

@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from taskd.call import Call, task_failed
 from taskd.errors import Cancelled, NotJson
 from taskd.functions import Function, Kind
-from taskd.wire import encode_error
+from taskd.wire import NO_TERMS, encode_error
 
 
 def nothing() -> None:
@@ -21,7 +21,7 @@ class CallTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.ended: list[Call] = []
         function = Function("nothing", nothing, Kind.THREAD)
-        self.call = Call(function, [], {}, "7", None, self.ended.append, None)
+        self.call = Call(function, [], {}, "7", NO_TERMS, self.ended.append, None)
 
     def test_it_ends_once(self) -> None:
         """The first reply stays, and the call's end is told once."""
@@ -46,16 +46,16 @@ class CallTests(SynchronousTestCase):
 
     def test_a_failure_abandons_the_task_once(self) -> None:
         """The task is stopped by the first failure, and by no later one."""
-        abandoned: list[None] = []
-        self.call.abandon = lambda: abandoned.append(None)
+        abandoned: list[Call] = []
+        self.call.abandon = abandoned.append
         self.call.fail(Cancelled("once"))
         self.call.fail(Cancelled("twice"))
-        self.assertEqual(len(abandoned), 1)
+        self.assertEqual(abandoned, [self.call])
 
     def test_an_ordinary_end_abandons_nothing(self) -> None:
         """A task that is done is not stopped."""
-        abandoned: list[None] = []
-        self.call.abandon = lambda: abandoned.append(None)
+        abandoned: list[Call] = []
+        self.call.abandon = abandoned.append
         self.call.end(b"done\n")
         self.assertEqual(abandoned, [])
 
@@ -65,6 +65,24 @@ class CallTests(SynchronousTestCase):
         self.call.timer = clock.callLater(5, self.fail)
         self.call.end(b"done\n")
         self.assertEqual(clock.getDelayedCalls(), [])
+
+    def test_its_time_can_be_stopped(self) -> None:
+        """A call whose timer is stopped is in flight without a limit, and can be stopped again."""
+        clock = Clock()
+        self.call.timer = clock.callLater(5, self.fail)
+        for _ in range(2):
+            self.call.stop_timer()
+            self.assertIsNone(self.call.timer)
+        self.assertEqual(clock.getDelayedCalls(), [])
+        self.assertIsNone(self.call.reply)
+
+    def test_the_end_is_told_before_the_task_is_stopped(self) -> None:
+        """Who stops the task of a call that failed finds that it has been answered."""
+        told: list[str] = []
+        self.call.on_end = lambda call: told.append("end")
+        self.call.abandon = lambda call: told.append(f"abandon {call.reply is not None}")
+        self.call.fail(Cancelled("taken back"))
+        self.assertEqual(told, ["end", "abandon True"])
 
     def test_its_timer_can_end_it(self) -> None:
         """A call can be ended by the very timer that it would stop."""

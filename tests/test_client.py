@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.error import ConnectError, ConnectionAborted
 from twisted.internet.error import ConnectionLost as TwistedConnectionLost
+from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -28,6 +30,7 @@ from taskd.errors import (
     WorkerLost,
 )
 from taskd.functions import progress, task
+from taskd.wire import MAX_PRIORITY, Terms
 from tests.support import (
     Loop,
     MemoryDaemon,
@@ -96,6 +99,19 @@ class RequestTests(ClientTestCase):
         request = self.request("f", timeout=5, on_progress=lambda *_: None)
         expected = {"function": "f", "args": [], "timeout": 5, "progress": True}
         self.assertEqual(request, expected)
+
+    def test_priority_and_the_end_of_the_connection(self) -> None:
+        """A priority, and that the task is to end with the connection, are sent if they matter."""
+        daemon = self.connected()
+        self.client.call_with("f", [1], priority=-3, cancel_on_disconnect=True)
+        self.client.call_with("f", [1], priority=0, cancel_on_disconnect=False)
+        first, second = daemon.requests[-2:]
+        for request, further in (
+            (first, {"priority": -3, "cancel_on_disconnect": True}),
+            (second, {}),
+        ):
+            request.pop("id")
+            self.assertEqual(request, {"function": "f", "args": [1], **further})
 
     def test_arguments_that_have_an_options_name(self) -> None:
         """A task that has a parameter named as an option is called by ``call_with``."""
@@ -384,6 +400,14 @@ class TimeoutTests(ClientTestCase):
         daemon = self.endpoint.accept()
         self.assertAlmostEqual(daemon.requests[0]["timeout"], 2)
 
+    def test_what_is_left_is_a_short_number(self) -> None:
+        """What is left of the limit is rounded to milliseconds, and never nothing."""
+        for limit in (5, 1 / 3 + 1e-9):
+            self.client.call("f", timeout=limit)
+        self.loop.advance(1 / 3)
+        first, second = (request["timeout"] for request in self.endpoint.accept().requests)
+        self.assertEqual((first, second), (4.667, 0.001))
+
     def test_no_connection_in_time(self) -> None:
         """A call whose limit passes while it waits for a connection is never sent."""
         called = self.client.call("f", timeout=5)
@@ -509,6 +533,37 @@ class PoolTests(ClientTestCase):
         ]
         self.assertEqual(shares, [[0, 1, 2], [3, 4], [5, 6]])
 
+    def test_an_attempt_that_hangs_keeps_nobody(self) -> None:
+        """A call that waits for a second connection takes the first one when that is idle."""
+        for name in "fgh":
+            self.client.call(name)
+        daemon = self.endpoint.accept(0)
+        names = ["f"]
+        for name in "gh":
+            self.assertEqual([request["function"] for request in daemon.requests], names)
+            daemon.send(id=daemon.requests[-1]["id"], result=None)
+            names.append(name)
+        self.assertEqual([request["function"] for request in daemon.requests], names)
+        self.assertEqual(self.endpoint.open_attempts, [1, 2])
+
+    def test_a_call_behind_those_that_wait(self) -> None:
+        """A call that comes while others wait is sent behind them, and not before."""
+        daemon = self.connected()
+        calls = [self.client.call(name) for name in "fg"]
+        calls[0].addErrback(lambda _: None).cancel()
+        self.client.call("h")
+        names = [request["function"] for request in daemon.requests[1:]]
+        self.assertEqual(names, ["f", "g", "taskd.cancel", "h"])
+
+    def test_whoever_has_waited_long_enough(self) -> None:
+        """A call whose time to wait for its own connection is over shares a busy one."""
+        self.client.call("f")
+        self.client.call("g")
+        daemon = self.endpoint.accept(0)
+        self.assertEqual([request["function"] for request in daemon.requests], ["f"])
+        self.loop.advance(10)
+        self.assertEqual([request["function"] for request in daemon.requests], ["f", "g"])
+
     def test_the_share_of_a_failed_attempt(self) -> None:
         """A call is not kept waiting for a second connection while the first one is idle."""
         first, second = self.client.call("f"), self.client.call("g")
@@ -617,11 +672,13 @@ class ConnectTests(ClientTestCase):
         self.assertEqual([request["args"] for request in requests], [[n] for n in range(5)])
 
     def test_a_call_that_fails_as_it_is_sent(self) -> None:
-        """A call that fails as it is sent may cancel those that wait behind it."""
-        bad, behind = self.client.call("f", {1, 2}), self.client.call("g")
-        bad.addErrback(lambda _: behind.cancel())
-        self.assertEqual(self.endpoint.accept().requests, [])
-        self.failureResultOf(behind, CancelledError)
+        """A call that fails as it is sent may cancel those behind it, sent or waiting."""
+        bad, sent, waiting = (self.client.call(*args) for args in (("f", {1}), ("g",), ("h",)))
+        bad.addErrback(lambda _: (waiting.cancel(), sent.cancel()))
+        requests = self.endpoint.accept().requests
+        self.assertEqual([request["function"] for request in requests], ["g", "taskd.cancel"])
+        for called in (sent, waiting):
+            self.failureResultOf(called, CancelledError)
         self.successResultOf(self.endpoint.attempts[0])
 
 
@@ -758,21 +815,36 @@ class OddInputTests(ClientTestCase):
         self.assertEqual(len(daemon.requests), 1)
         self.assertEqual(daemon.client.in_flight, 0)
 
+    def test_a_priority_that_cannot_be(self) -> None:
+        """A priority that is no integer within the bounds fails the call, and nothing is sent."""
+        daemon = self.connected()
+        for priority in (MAX_PRIORITY + 1, -MAX_PRIORITY - 1, 1.0, True, "1", None, object()):
+            called = self.client.call_with("f", priority=priority)
+            self.failureResultOf(called, ValueError)
+        self.assertEqual(len(daemon.requests), 1)
+
+    def test_an_end_that_cannot_be(self) -> None:
+        """Anything but true and false for the end of the connection fails the call."""
+        daemon = self.connected()
+        for value in (1, 0, "yes", None):
+            called = self.client.call_with("f", cancel_on_disconnect=value)
+            self.failureResultOf(called, ValueError)
+        self.assertEqual(len(daemon.requests), 1)
+
     def test_arguments_of_a_wrong_type(self) -> None:
-        """Arguments that are no list, tuple or dictionary raise nothing."""
-        self.connected()
-        for args in ({1, 2}, b"x", object(), iter(())):
+        """Arguments that are no list, tuple or dictionary fail the call, and nothing is sent."""
+        daemon = self.connected()
+        for args in ({1, 2}, b"x", object(), iter(()), None, 5, "text"):
             self.failureResultOf(self.client.call_with("f", args), BadArguments)
-        for args in (None, 5, "text"):
-            self.assertNoResult(self.client.call_with("f", args))
+        self.assertEqual(len(daemon.requests), 1)
 
     def test_a_function_that_is_no_name(self) -> None:
-        """A function that is no string raises nothing."""
-        self.connected()
-        for function in (object(), b"f", {1}, "\ud800"):
-            self.failureResultOf(self.client.call(function), BadArguments)
-        for function in (None, 5, ["f"]):
-            self.assertNoResult(self.client.call(function))
+        """A function that is no string, or none that can be sent, fails the call."""
+        daemon = self.connected()
+        for function in (object(), b"f", {1}, None, 5, ["f"]):
+            self.failureResultOf(self.client.call(function), UnknownFunction)
+        self.failureResultOf(self.client.call("\ud800"), BadArguments)
+        self.assertEqual(len(daemon.requests), 1)
 
     def test_without_a_connection(self) -> None:
         """What cannot be sent fails when its connection stands, and does no harm to others."""
@@ -825,6 +897,42 @@ class FactoryTests(SynchronousTestCase):
         self.failureResultOf(called, TimeLimitExceeded)
         self.assertEqual(self.connect().requests, [])
 
+    def test_an_endpoint_that_cannot_connect(self) -> None:
+        """When an endpoint gives up, which tells the factory only to stop, all calls fail."""
+        early = self.factory.call("f", timeout=5)
+        self.factory.doStart()
+        self.assertNoResult(early)
+        self.factory.doStop()
+        for called in (early, self.factory.call("f")):
+            self.failureResultOf(called, ConnectFailed)
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+
+    def test_a_real_endpoint_that_cannot_connect(self) -> None:
+        """The same is so for an endpoint of Twisted's whose connection is refused."""
+        reactor = MemoryReactorClock()
+        attempt = TCP4ClientEndpoint(reactor, "127.0.0.1", 1).connect(self.factory)
+        called = self.factory.call("f")
+        _, _, wrapper, _, _ = reactor.tcpClients[0]
+        wrapper.doStart()
+        wrapper.clientConnectionFailed(None, Failure(_DEAD))
+        wrapper.doStop()
+        self.failureResultOf(attempt, ConnectError)
+        self.failureResultOf(called, ConnectFailed)
+
+    def test_stopping_after_a_connection(self) -> None:
+        """A factory that stops after its connection has gone says what had happened before."""
+        self.factory.doStart()
+        self.connect().hang_up()
+        self.factory.doStop()
+        self.failureResultOf(self.factory.call("f"), ConnectionLost)
+
+    def test_the_same_terms(self) -> None:
+        """What a call may ask for is what a client's may."""
+        daemon = self.connect()
+        self.factory.call_with("f", priority=2, cancel_on_disconnect=True)
+        request = daemon.requests[0]
+        self.assertEqual((request["priority"], request["cancel_on_disconnect"]), (2, True))
+
     def test_a_lost_connection(self) -> None:
         """Calls after a loss fail, certainly not started, and the loss is told once."""
         daemon = self.connect()
@@ -859,6 +967,9 @@ class FactoryTests(SynchronousTestCase):
         self.connect()
         self.failureResultOf(self.factory.call("f", {1}), BadArguments)
         self.failureResultOf(self.factory.call("f", timeout=float("nan")), ValueError)
+        self.failureResultOf(self.factory.call_with("f", priority=0.5), ValueError)
+        self.failureResultOf(self.factory.call_with("f", "text"), BadArguments)
+        self.failureResultOf(self.factory.call_with(5), UnknownFunction)
         self.failureResultOf(self.factory.call("f", 1, a=2), BadArguments)
 
 
@@ -895,6 +1006,17 @@ class CallOnceTests(SynchronousTestCase):
         self.failureResultOf(called, ConnectFailed)
         self.assertEqual(self.loop.getDelayedCalls(), [])
         self.assertEqual(self.endpoint.open_attempts, [])
+
+    def test_the_wait_for_a_connection(self) -> None:
+        """How long it waits for its connection may be told."""
+        called = call_once(self.loop, self.endpoint, "f", connect_timeout=2.5)
+        self.loop.advance(2.4)
+        self.assertNoResult(called)
+        self.loop.advance(0.1)
+        self.failureResultOf(called, ConnectFailed)
+        self.failureResultOf(
+            call_once(self.loop, self.endpoint, "f", connect_timeout=0), ValueError
+        )
 
     def test_cancel(self) -> None:
         """Cancelling it tells the daemon, and closes the connection."""
@@ -946,7 +1068,7 @@ class RealDaemonTests(SynchronousTestCase):
             self.late.append(Deferred())
             return self.late[-1]
 
-        self.daemon = MemoryDaemon(echo, render, broken, later, max_line_bytes=1000)
+        self.daemon = MemoryDaemon(echo, render, broken, later, max_line_bytes=1024)
         self.client = TaskClient(self.daemon.loop, MemoryEndpoint(self.daemon), pool=2)
 
     def result_of(self, called: Deferred[Any]) -> Any:
@@ -1014,22 +1136,26 @@ class RealDaemonTests(SynchronousTestCase):
         self.assertEqual(self.result_of(self.client.call("echo", "after")), "after")
 
     def test_what_the_daemon_does_not_read(self) -> None:
-        """A request of a wrong shape fails as malformed; a later call connects again."""
-        for called in (self.client.call(5), self.client.call_with("echo", "text")):
-            self.failure_of(called, Malformed)
-        self.assertEqual(self.result_of(self.client.call("echo", "after")), "after")
+        """A request that the daemon does not read fails as malformed, by the daemon's own words."""
+        connection = TaskClientFactory(self.daemon.loop).buildProtocol(None)
+        self.daemon.join(connection)
+        called = connection.call("echo", [], Terms(priority=MAX_PRIORITY + 1))
+        failed = self.failure_of(called, Malformed)
+        self.assertIn('"priority" must be', failed.message)
 
     def test_a_daemon_that_stops(self) -> None:
         """A daemon that drains answers what runs, refuses what comes, and ends the connection."""
         self.client = TaskClient(self.daemon.loop, MemoryEndpoint(self.daemon), pool=1)
         running = self.client.call("later")
         self.daemon.flush()
-        drained = self.daemon.factory.drain()
+        left: list[bool] = []
+        self.daemon.factory.on_empty = lambda: left.append(True)
+        self.daemon.factory.drain()
         self.failure_of(self.client.call("echo"), errors.ShuttingDown)
         self.late[0].callback("finished")
         self.assertEqual(self.result_of(running), "finished")
         self.daemon.flush()
-        self.successResultOf(drained)
+        self.assertEqual(left, [True])
 
     def test_close(self) -> None:
         """A client that is closed leaves neither connections nor delayed calls behind."""

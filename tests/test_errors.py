@@ -113,6 +113,11 @@ class CallErrorTests(SynchronousTestCase):
         self.assertEqual(errors.Overloaded("full").retry_after, 0.0)
         self.assertEqual(errors.Overloaded("full", retry_after=2).retry_after, 2.0)
 
+    def test_seconds_to_wait_that_are_no_number(self) -> None:
+        """Seconds to wait that a strange daemon tells as something else count as not told."""
+        for told in (None, "soon", "1.5", [2], {}):
+            self.assertEqual(errors.Overloaded("full", retry_after=told).retry_after, 0.0)
+
     def test_what_is_no_detail(self) -> None:
         """The id of a malformed line, and whether a lost task may have run, are not sent."""
         malformed = errors.Malformed("what?", id_json="7")

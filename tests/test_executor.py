@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable
 from threading import Event
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.logger import LogLevel, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.call import Call
 from taskd.errors import Cancelled
 from taskd.executor import Executor
 from taskd.functions import Function, Kind, progress
-from tests.support import PATIENCE, Loop, counts_of, new_slot
+from taskd.lane import HANDOVER_SECONDS, PATIENCE_SECONDS
+from taskd.wire import NO_TERMS, Terms
+from tests.support import PATIENCE, FakePool, Loop, counts_of, new_slot
 
 _NOTHING = {"in_flight": 0, "done": 0, "failed": 0}
 
@@ -50,17 +54,12 @@ class ExecutorTestCase(SynchronousTestCase):
         self.executor = Executor(
             self.loop, self.slot, threads=self.threads, clock=self.loop.seconds
         )
+        self.addCleanup(lambda: self.executor.close())
         self.sent: list[bytes] = []
 
-    def start(
-        self,
-        function: Callable[..., Any],
-        *args: Any,
-        timeout: float | None = None,
-        id_json: str = "1",
-    ) -> Call:
-        """Start a call whose reports and reply go to ``sent``."""
-        call = self.make(function, *args, timeout=timeout, id_json=id_json)
+    def start(self, function: Callable[..., Any], *args: Any, **options: Any) -> Call:
+        """Start a call, as ``make`` makes it."""
+        call = self.make(function, *args, **options)
         self.executor.start(call)
         return call
 
@@ -68,11 +67,23 @@ class ExecutorTestCase(SynchronousTestCase):
         self,
         function: Callable[..., Any],
         *args: Any,
-        timeout: float | None = None,
+        limit: float | None = None,
         id_json: str = "1",
+        **terms: Any,
     ) -> Call:
-        called = Function(function.__name__, function, self.kind)
-        return Call(called, list(args), {}, id_json, timeout, self.ended, self.sent.append)
+        """
+        Make a call whose reports and reply go to ``sent``.
+
+        Args:
+            function: What to call.
+            args: Its arguments.
+            limit: The function's own limit.
+            id_json: The call's id.
+            terms: The caller's terms.
+        """
+        called = Function(function.__name__, function, self.kind, limit)
+        asked = Terms(**terms) if terms else NO_TERMS
+        return Call(called, list(args), {}, id_json, asked, self.ended, self.sent.append)
 
     def ended(self, call: Call) -> None:
         assert call.reply is not None
@@ -88,8 +99,8 @@ class ExecutorTestCase(SynchronousTestCase):
         return reply["error"]["code"], reply["error"].get("type")
 
     def run_until_idle(self) -> None:
-        idle = self.executor.when_idle()
-        self.loop.run_until(lambda: idle.called)
+        """Run until nothing is in flight, given up or not."""
+        self.loop.run_until(lambda: not counts_of(self.slot)["in_flight"])
 
     @property
     def messages(self) -> list[Any]:
@@ -201,6 +212,56 @@ class ThreadLimitTests(ExecutorTestCase):
         call = self.start(abs, -1, timeout=5)
         self.assertEqual(self.reply_to(call), 1)
         self.assertEqual(self.loop.getDelayedCalls(), [])
+        self.assertEqual(self.slot.due, 0.0)
+
+    def test_a_callers_limit_runs_from_the_coming(self) -> None:
+        """The time that a caller gives runs from when its call comes, also while it waits."""
+        gate, behind = Gate(self), Gate(self)
+        self.start(gate.hold)
+        self.start(behind.hold, timeout=5)
+        self.loop.advance(3)
+        gate.open()
+        behind.wait_until_begun()
+        self.loop.run_waiting()
+        self.loop.advance(1.9)
+        self.assertEqual(self.messages, ["let through"])
+        self.loop.advance(0.1)
+        self.assertEqual(self.messages, ["let through", "time-limit"])
+
+    def test_a_functions_limit_runs_from_its_beginning(self) -> None:
+        """A function's own limit runs from when it is called, however long its call has waited."""
+        gate, behind = Gate(self), Gate(self)
+        self.start(gate.hold)
+        self.start(behind.hold, limit=5)
+        self.loop.advance(3)
+        gate.open()
+        behind.wait_until_begun()
+        self.loop.run_waiting()
+        for seconds in (2, 2.9):
+            self.loop.advance(seconds)
+            self.assertEqual(self.messages, ["let through"])
+        self.loop.advance(0.1)
+        self.assertEqual(self.messages, ["let through", "time-limit"])
+
+    def test_a_time_that_is_over_already(self) -> None:
+        """A call that comes when its caller's time is over is answered, and never started."""
+        started: list[int] = []
+        call = self.make(started.append, 1, timeout=5)
+        call.deadline = self.loop.seconds()
+        self.executor.start(call)
+        self.assertEqual(self.messages, ["time-limit"])
+        self.assertTrue(self.executor.is_idle)
+        self.assertEqual((started, counts_of(self.slot)), ([], _NOTHING))
+
+    def test_when_it_is_due_is_shown(self) -> None:
+        """While a call with a limit runs it is shown until when it must have ended."""
+        gate = Gate(self)
+        call = self.start(gate.hold, limit=5)
+        gate.wait_until_begun()
+        self.assertEqual(self.slot.due, 1005.0)
+        gate.open()
+        self.reply_to(call)
+        self.assertEqual(self.slot.due, 0.0)
 
     def test_a_limit_while_it_waits(self) -> None:
         """A call that comes to its limit while it waits for the thread is never started."""
@@ -248,11 +309,9 @@ class ThreadLimitTests(ExecutorTestCase):
         self.start(gate.hold, timeout=5)
         gate.wait_until_begun()
         self.loop.advance(5)
-        idle = self.executor.when_idle()
-        self.assertNoResult(idle)
         self.assertEqual(counts_of(self.slot)["in_flight"], 1)
         gate.open()
-        self.loop.run_until(lambda: idle.called)
+        self.run_until_idle()
         self.assertEqual(counts_of(self.slot)["in_flight"], 0)
 
     def test_a_call_past_its_limit_has_failed(self) -> None:
@@ -275,6 +334,327 @@ class ThreadLimitTests(ExecutorTestCase):
         self.run_until_idle()
         self.assertEqual(started, [])
         self.assertEqual(self.messages, ["cancelled", "let through"])
+
+
+class StuckTests(ExecutorTestCase):
+    """Threads of calls that were given up."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pool = self.executor.pool = FakePool()
+        self.gate = Gate(self)
+        self.warnings: list[str] = []
+        globalLogPublisher.addObserver(self.observe)
+        self.addCleanup(globalLogPublisher.removeObserver, self.observe)
+
+    def observe(self, event: Any) -> None:
+        if event.get("log_level") is LogLevel.warn:
+            self.warnings.append(formatEvent(event))
+
+    def test_one_that_goes_on(self) -> None:
+        """A thread that goes on after its call's limit is lost: the log shows where it stands."""
+        self.start(self.gate.hold, timeout=5)
+        self.gate.wait_until_begun()
+        self.loop.advance(5)
+        self.assertEqual((self.messages, self.pool.told), (["time-limit"], []))
+        self.loop.advance(0.009)
+        self.assertEqual(self.pool.told, [])
+        self.loop.advance(0.002)
+        self.assertEqual(self.pool.told, ["stuck"])
+        self.assertTrue(self.executor.lane.is_retired)
+        (warning,) = self.warnings
+        self.assertTrue(warning.startswith("hold was given up and goes on:\n"))
+        self.assertIn("self._open.wait(PATIENCE)", warning)
+
+    def test_one_that_was_cancelled(self) -> None:
+        """The same is so for a call that is cancelled."""
+        call = self.start(self.gate.hold)
+        self.gate.wait_until_begun()
+        call.fail(Cancelled("taken back"))
+        self.loop.advance(0.011)
+        self.assertEqual((self.messages, self.pool.told), (["cancelled"], ["stuck"]))
+
+    def test_one_that_comes_back(self) -> None:
+        """A thread that comes back within ten milliseconds is not lost."""
+        self.start(self.gate.hold, timeout=5)
+        self.gate.wait_until_begun()
+        self.loop.advance(5)
+        self.gate.open()
+        self.run_until_idle()
+        self.loop.advance(1)
+        self.assertEqual((self.pool.told, self.warnings), ([], []))
+        self.assertFalse(self.executor.lane.is_retired)
+
+    def test_one_that_was_not_begun(self) -> None:
+        """A call that is given up before it has begun holds no thread."""
+        self.start(self.gate.hold)
+        self.gate.wait_until_begun()
+        self.start(abs, -1).fail(Cancelled("taken back"))
+        self.loop.advance(0.0005)
+        self.assertEqual((self.pool.told, self.warnings), ([], []))
+
+    def test_what_is_stuck_keeps_nobody(self) -> None:
+        """What is stuck is no reason not to be idle; who waits for that is told."""
+        told: list[bool] = []
+        self.executor.on_idle = lambda: told.append(self.executor.is_idle)
+        self.start(self.gate.hold, timeout=5)
+        self.gate.wait_until_begun()
+        self.assertFalse(self.executor.is_idle)
+        self.loop.advance(5)
+        self.loop.advance(0.011)
+        self.assertEqual(told, [True])
+        self.assertTrue(self.executor.is_idle)
+        self.assertEqual(counts_of(self.slot)["in_flight"], 1)
+
+    def test_nothing_more_is_started(self) -> None:
+        """Once a thread is lost every blocking call is handed over, though it came back at last."""
+        self.start(self.gate.hold, timeout=5)
+        self.gate.wait_until_begun()
+        self.loop.advance(5)
+        self.loop.advance(0.011)
+        self.gate.open()
+        self.run_until_idle()
+        call = self.start(abs, -1)
+        self.assertEqual(self.pool.taken, [call])
+
+    def test_without_a_pool(self) -> None:
+        """Without other workers the thread takes up its work again when it comes back."""
+        self.executor.pool = None
+        self.start(self.gate.hold, timeout=5)
+        self.gate.wait_until_begun()
+        self.loop.advance(5)
+        self.loop.advance(0.011)
+        call = self.start(abs, -1)
+        self.gate.open()
+        self.assertEqual(self.reply_to(call), 1)
+
+
+class HandOverTests(ExecutorTestCase):
+    """What is run by other workers."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pool = self.executor.pool = FakePool()
+        self.gates = [Gate(self) for _ in range(self.threads)]
+
+    def hold(self) -> list[Call]:
+        """Have every thread run a call that goes on."""
+        calls = [self.start(gate.hold) for gate in self.gates]
+        for gate in self.gates:
+            gate.wait_until_begun()
+        return calls
+
+    def fill(self) -> None:
+        """Have every thread run a call that goes on, and everything else be handed over."""
+        self.hold()
+        self.start(abs, -1)
+        for _ in range(2):
+            self.loop.advance(PATIENCE_SECONDS)
+        self.assertTrue(self.executor.lane.is_full)
+
+    def finish(self) -> None:
+        """Let the calls end that the threads run, and have that told."""
+        for gate in self.gates:
+            gate.open()
+        self.run_until_idle()
+
+    def assertInFlight(self, behind: int) -> None:
+        """Calls run in every thread, so many wait behind them, and none has ended."""
+        counts = {**_NOTHING, "in_flight": self.threads + behind}
+        self.assertEqual(counts_of(self.slot), counts)
+
+    @property
+    def is_watching(self) -> bool:
+        return bool(self.loop.getDelayedCalls())
+
+    def test_one_call_is_not_watched(self) -> None:
+        """A call that nothing waits behind costs no timer."""
+        self.hold()
+        self.assertFalse(self.is_watching)
+        self.assertEqual(self.pool.taken, [])
+
+    def test_quick_calls_stay(self) -> None:
+        """Calls that end one after the other stay here, whoever idles."""
+        self.pool.idlers = 5
+        calls = [self.start(abs, -number) for number in range(50)]
+        replies = [self.reply_to(call) for call in calls]
+        self.assertEqual((replies, self.pool.taken), (list(range(50)), []))
+
+    def test_to_those_who_idle(self) -> None:
+        """Behind a call that takes long as many are handed over as others can start at once."""
+        self.hold()
+        calls = [self.start(abs, -number) for number in range(4)]
+        self.pool.idlers = 3
+        self.assertTrue(self.is_watching)
+        self.assertEqual(self.pool.taken, [])
+        self.loop.advance(1.5 * HANDOVER_SECONDS)
+        self.assertEqual(self.pool.taken, calls[:3])
+        self.assertInFlight(behind=1)
+        self.assertEqual(self.pool.told, [])
+
+    def test_the_last_one_is_not_watched(self) -> None:
+        """When nothing waits any more there is no timer any more."""
+        self.hold()
+        self.start(abs, -1)
+        self.pool.idlers = 1
+        for _ in range(3):
+            self.loop.advance(1.5 * HANDOVER_SECONDS)
+        self.assertEqual(len(self.pool.taken), 1)
+        self.assertFalse(self.is_watching)
+
+    def test_nobody_idles(self) -> None:
+        """Where nobody idles what waits stays for longer; then all of it is handed over."""
+        self.hold()
+        calls = [self.start(abs, -number) for number in range(4)]
+        for _ in range(4):
+            self.loop.advance(PATIENCE_SECONDS / 5)
+        self.assertEqual((self.pool.taken, self.pool.told), ([], []))
+        for _ in range(2):
+            self.loop.advance(PATIENCE_SECONDS / 5)
+        self.assertEqual((self.pool.taken, self.pool.told), (calls, ["filled"]))
+        self.assertTrue(self.executor.is_relieved)
+        self.assertInFlight(behind=0)
+
+    def test_what_comes_then(self) -> None:
+        """While the thread is held what comes is handed over at once."""
+        self.fill()
+        call = self.start(abs, -2)
+        self.assertEqual(self.pool.taken[1:], [call])
+        self.assertEqual(self.pool.told, ["filled"])
+        self.assertFalse(self.is_watching)
+
+    def test_the_thread_is_free_again(self) -> None:
+        """When the thread has come back calls are run here again, and that is told."""
+        self.fill()
+        self.finish()
+        self.assertEqual(self.pool.told, ["filled", "freed"])
+        self.assertFalse(self.executor.is_relieved)
+        self.assertEqual(self.reply_to(self.start(abs, -3)), 3)
+        self.assertEqual(len(self.pool.taken), 1)
+
+    def test_a_thread_that_is_free_asks(self) -> None:
+        """A free thread asks for a task of those that wait, and is kept for the answer."""
+        self.fill()
+        self.pool.waiting = 2
+        self.finish()
+        self.assertEqual(self.pool.told, ["filled", "freed", "ask"])
+        behind = self.start(abs, -3)
+        self.assertEqual(self.pool.taken[1:], [behind])
+        self.executor.lane.answered()
+        self.pool.waiting = 0
+        self.assertEqual(self.reply_to(self.start(abs, -4)), 4)
+
+    def test_quick_tasks_ask_as_well(self) -> None:
+        """After a quick task it asks too, and goes on with its own meanwhile, asking once."""
+        self.pool.waiting = 1
+        for number in range(3):
+            self.assertEqual(self.reply_to(self.start(abs, -number)), number)
+        self.assertEqual((self.pool.told, self.pool.taken), (["ask"], []))
+        self.executor.lane.answered()
+        self.reply_to(self.start(abs, -1))
+        self.assertEqual(self.pool.told, ["ask", "ask"])
+
+    def test_priority(self) -> None:
+        """A call of a higher priority does not wait here, and is run here if it need not wait."""
+        self.assertEqual(self.reply_to(self.start(abs, -1, priority=1)), 1)
+        self.hold()
+        first, second = self.start(abs, -1, priority=-1), self.start(abs, -1, priority=1)
+        self.assertEqual(self.pool.taken, [second])
+        self.assertIsNone(first.reply)
+
+    def test_held_up(self) -> None:
+        """It is known whether a call that came now would have to wait for a long one."""
+        self.assertFalse(self.executor.is_held_up)
+        self.hold()
+        self.assertFalse(self.executor.is_held_up)
+        self.loop.advance(1.5 * HANDOVER_SECONDS)
+        self.assertTrue(self.executor.is_held_up)
+        self.finish()
+        self.assertFalse(self.executor.is_held_up)
+
+    def test_all(self) -> None:
+        """All that no thread has begun can be handed over at once."""
+        held = self.hold()
+        calls = [self.start(abs, -1), self.start(abs, -1, timeout=5)]
+        self.executor.hand_over_all()
+        self.assertEqual(self.pool.taken, calls)
+        self.assertInFlight(behind=0)
+        self.finish()
+        self.assertEqual([self.reply_to(call) for call in held], ["let through"] * self.threads)
+        self.assertEqual(counts_of(self.slot), {**_NOTHING, "done": self.threads})
+
+    def test_what_has_ended_is_not_handed_over(self) -> None:
+        """A call that was cancelled while it waited is handed over to nobody."""
+        self.hold()
+        first, second = self.start(abs, -1), self.start(abs, -2)
+        first.fail(Cancelled("taken back"))
+        self.executor.hand_over_all()
+        self.assertEqual(self.pool.taken, [second])
+
+    def test_the_callers_time(self) -> None:
+        """The caller's time is kept here for what others run, from the call's coming."""
+        self.hold()
+        call = self.start(abs, -1, timeout=5)
+        self.loop.advance(3)
+        self.executor.hand_over_all()
+        self.loop.advance(1.9)
+        self.assertIsNone(call.reply)
+        self.loop.advance(0.1)
+        self.assertEqual(self.reply_to(call), ("time-limit", None))
+
+    def test_the_functions_limit(self) -> None:
+        """A function's own limit is kept by who runs it: here it stops with the handing over."""
+        self.hold()
+        call = self.start(abs, -1, limit=5)
+        self.executor.hand_over_all()
+        self.loop.advance(3600)
+        self.assertIsNone(call.reply)
+
+    def test_sending_on(self) -> None:
+        """A call can be sent on whatever it is; its caller's time is kept here as well."""
+        call = self.make(abs, -1, timeout=5)
+        self.executor.send_on(call)
+        self.assertEqual(self.pool.taken, [call])
+        self.assertTrue(self.executor.is_idle)
+        self.loop.advance(5)
+        self.assertEqual(self.reply_to(call), ("time-limit", None))
+
+    def test_without_a_pool(self) -> None:
+        """Without other workers everything waits here, and nothing is watched."""
+        self.executor.pool = None
+        self.hold()
+        call = self.start(abs, -1, priority=1)
+        self.assertFalse(self.is_watching)
+        self.gates[0].open()
+        self.assertEqual(self.reply_to(call), 1)
+
+
+class SeveralHandOverTests(HandOverTests):
+    """The same where it takes more than one call to hold every thread."""
+
+    threads = 2
+
+    def test_one_thread_is_free_again(self) -> None:
+        """One thread that has come back is enough for calls to be run here again."""
+        self.fill()
+        self.gates[1].open()
+        self.loop.run_until(lambda: "freed" in self.pool.told)
+        self.assertEqual(self.reply_to(self.start(abs, -3)), 3)
+        self.assertEqual(len(self.pool.taken), 1)
+
+
+class NoThreadTests(ExecutorTestCase):
+    def test_no_thread_can_be_started(self) -> None:
+        """Where the system lets no thread be started the call is answered, and a later one runs."""
+        before = threading.stack_size(2**47)  # more than there are addresses
+        try:
+            call = self.start(abs, -1)
+        finally:
+            threading.stack_size(before)
+        self.assertEqual(self.reply_to(call), ("internal", None))
+        self.assertEqual(counts_of(self.slot), _NOTHING)
+        self.assertTrue(self.executor.is_idle)
+        self.assertEqual(self.reply_to(self.start(abs, -2)), 2)
 
 
 class ThreadProgressTests(ExecutorTestCase):
@@ -349,6 +729,38 @@ class ThreadProgressTests(ExecutorTestCase):
 class SeveralThreadsTests(ExecutorTestCase):
     threads = 3
 
+    def test_the_oldest_is_shown(self) -> None:
+        """When the task has ended that is shown, the oldest of those that run is shown instead."""
+        gates = [Gate(self) for _ in range(3)]
+        for gate, name in zip(gates, ("first", "second", "third"), strict=True):
+            hold = gate.hold
+
+            def named(hold: Callable[[], str] = hold) -> str:
+                return hold()
+
+            named.__name__ = name
+            self.start(named)
+            gate.wait_until_begun()
+            self.loop.advance(1)
+        for number, expected in ((0, ("second", 2.0)), (2, ("second", 2.0)), (1, (None, None))):
+            gates[number].open()
+            self.loop.run_next()
+            status = self.slot.status(1003.0)
+            self.assertEqual((status["task"], status["task_seconds"]), expected)
+
+    def test_one_that_fails_to_start(self) -> None:
+        """Where the system lets only some threads be started, those run everything."""
+        gate = Gate(self)
+        self.start(gate.hold)
+        gate.wait_until_begun()
+        before = threading.stack_size(2**47)  # more than there are addresses
+        try:
+            call = self.start(abs, -1)
+        finally:
+            threading.stack_size(before)
+        gate.open()
+        self.assertEqual(self.reply_to(call), 1)
+
     def test_so_many_run_at_a_time(self) -> None:
         """As many tasks run side by side as there are threads, and no more."""
         gates = [Gate(self) for _ in range(3)]
@@ -374,24 +786,51 @@ class SeveralThreadsTests(ExecutorTestCase):
 
 
 class IdleTests(ExecutorTestCase):
-    def test_idle_at_once(self) -> None:
-        """An executor that runs nothing is idle at once."""
-        self.assertIsNone(self.successResultOf(self.executor.when_idle()))
+    def test_a_fresh_one(self) -> None:
+        """An executor that runs nothing is idle."""
+        self.assertTrue(self.executor.is_idle)
 
     def test_idle_after_the_last(self) -> None:
-        """Everyone who waits is told when the last call has been answered."""
-        gate = Gate(self)
+        """Who waits is told when the last call has been answered, and not before."""
+        gate, told = Gate(self), []
+        self.executor.on_idle = lambda: told.append(self.messages)
         self.start(abs, -1)
         self.start(gate.hold)
-        waiting = [self.executor.when_idle(), self.executor.when_idle()]
         gate.wait_until_begun()
         self.loop.run_waiting()
-        self.assertEqual(self.messages, [1])
-        self.assertNoResult(waiting[0])
+        self.assertEqual((self.messages, told), ([1], []))
+        self.assertFalse(self.executor.is_idle)
         gate.open()
-        self.loop.run_until(lambda: waiting[1].called)
-        self.assertEqual(self.messages, [1, "let through"])
-        self.assertIsNone(self.successResultOf(waiting[0]))
+        self.loop.run_until(lambda: told)
+        self.assertEqual(told, [[1, "let through"]])
+        self.assertTrue(self.executor.is_idle)
+
+    def test_on_the_reactor(self) -> None:
+        """What goes on on the reactor keeps it from being idle as well."""
+        told: list[bool] = []
+        self.executor.on_idle = lambda: told.append(self.executor.is_idle)
+        self.kind = Kind.REACTOR
+        pending: Deferred[None] = Deferred()
+        self.start(lambda: pending)
+        self.kind = Kind.THREAD
+        self.reply_to(self.start(abs, -1))
+        self.assertEqual((told, self.executor.is_idle), ([], False))
+        pending.callback(None)
+        self.assertEqual(told, [True])
+
+    def test_busy(self) -> None:
+        """It is told when the first task starts, and none of those beside it."""
+        told: list[str] = []
+        self.executor.on_busy = lambda: told.append("busy")
+        self.executor.on_idle = lambda: told.append("idle")
+        pending: Deferred[None] = Deferred()
+        self.kind = Kind.REACTOR
+        self.start(lambda: pending)
+        self.kind = Kind.THREAD
+        self.reply_to(self.start(abs, -1))
+        pending.callback(None)
+        self.reply_to(self.start(abs, -1))
+        self.assertEqual(told, ["busy", "idle", "busy", "idle"])
 
 
 class OnReactorTests(ExecutorTestCase):
@@ -437,6 +876,23 @@ class OnReactorTests(ExecutorTestCase):
         self.assertEqual(replies, [("task-failed", "ValueError"), ("task-failed", "SystemExit")])
         self.assertEqual(len(self.flushLoggedErrors(ValueError, SystemExit)), 2)
         self.assertEqual(counts_of(self.slot), {**_NOTHING, "failed": 2})
+
+    def test_one_deferred_for_several(self) -> None:
+        """A Deferred that a task returns to several callers ends all their calls alike."""
+        pending: Deferred[str] = Deferred()
+        for _ in range(3):
+            self.start(lambda: pending)
+        pending.callback("for all")
+        self.assertEqual(self.messages, ["for all"] * 3)
+
+    def test_one_failing_deferred_for_several(self) -> None:
+        """A Deferred that fails is every caller's failure, and nothing is left unhandled."""
+        pending: Deferred[str] = Deferred()
+        calls = [self.start(lambda: pending) for _ in range(3)]
+        pending.errback(ValueError("for all"))
+        replies = [self.reply_to(call) for call in calls]
+        self.assertEqual(replies, [("task-failed", "ValueError")] * 3)
+        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 3)
 
     def test_a_late_result_that_json_cannot_carry(self) -> None:
         """A Deferred that fires with what JSON cannot carry is a task that failed."""
@@ -531,12 +987,11 @@ class CoroutineTests(ExecutorTestCase):
 
         self.start(stubborn, timeout=5)
         self.loop.advance(5)
-        idle = self.executor.when_idle()
         self.assertEqual(self.messages, ["time-limit"])
-        self.assertNoResult(idle)
+        self.assertFalse(self.executor.is_idle)
         rest.callback("at last")
         self.assertEqual(self.messages, ["time-limit"])
-        self.successResultOf(idle)
+        self.assertTrue(self.executor.is_idle)
         self.assertEqual(counts_of(self.slot), {**_NOTHING, "failed": 1})
 
     def test_reports_go_to_their_own_callers(self) -> None:

@@ -528,6 +528,17 @@ class RegistryTests(SynchronousTestCase):
         theirs = module("second", send=task(name="send_mail")(lambda: "theirs"))
         self.assertRaises(SettingsError, registry.add_module, theirs)
 
+    def test_a_task_can_replace_what_was_added(self) -> None:
+        """What the daemon added by itself may be replaced by a task, by only one as well."""
+        registry = Registry()
+        registry.add(Function("send_mail", _none, Kind.THREAD))
+        mine = task(name="send_mail")(lambda: "mine")
+        self.assertEqual(registry.add_module(module("first", send=mine)), 1)
+        self.assertIs(registry.find("send_mail").call, mine)
+        theirs = module("second", send=task(name="send_mail")(lambda: "theirs"))
+        error = self.assertRaises(SettingsError, registry.add_module, theirs)
+        self.assertIn("one in first, one in second", str(error))
+
     def test_reserved_names_of_functions(self) -> None:
         """A function whose own name cannot be a task's is refused when it is registered."""
 

@@ -10,7 +10,7 @@ from twisted.internet.testing import StringTransport
 from twisted.protocols.basic import LineReceiver
 from twisted.trial.unittest import SynchronousTestCase
 
-from taskd.lines import LongLineReceiver, OneConnection
+from taskd.lines import EagerWrites, LongLineReceiver, OneConnection
 
 examples = settings(max_examples=150, deadline=None)
 
@@ -128,6 +128,67 @@ class LongLineReceiverTests(SynchronousTestCase):
                     receiver.dataReceived(b"y\n")
                 self.assertEqual(receiver.came, came)
 
+    def test_a_carriage_return_does_not_count(self) -> None:
+        """The carriage return before a line feed is not counted, wherever the line was cut."""
+        for line, came in (
+            (b"x" * LIMIT + b"\r", [b"x" * LIMIT + b"\r", b"y"]),
+            (b"x" * (LIMIT + 1) + b"\r", [b"too long"]),
+            (b"x" * LIMIT + b"\r\r", [b"too long"]),
+            (b"x" * (LIMIT - 1) + b"\rx", [b"too long"]),
+            (b"\r" * (LIMIT + 1), [b"\r" * (LIMIT + 1), b"y"]),
+        ):
+            for step in range(1, LIMIT + 5):
+                receiver = connected(Recorder())
+                for chunk in pieces(line + b"\ny\n", [step]):
+                    if b"too long" not in receiver.came:
+                        receiver.dataReceived(chunk)
+                self.assertEqual(receiver.came, came, (line, step))
+
+    def test_a_carriage_return_that_ends_nothing(self) -> None:
+        """A carriage return that more follows was counted after all."""
+        receiver = connected(Recorder())
+        receiver.dataReceived(b"x" * LIMIT + b"\r")
+        self.assertEqual((receiver.came, receiver.is_mid_line), ([], True))
+        receiver.dataReceived(b"y")
+        self.assertEqual(receiver.came, [b"too long"])
+
+    @examples
+    @given(
+        data=st.text("ab\n\r", max_size=40).map(str.encode),
+        sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    )
+    def test_chunks_do_not_matter_to_the_limit(self, data: bytes, sizes: list[int]) -> None:
+        """The lines up to the first that is too long are the same however the bytes were cut."""
+        seen = []
+        for way in ([max(1, len(data))], sizes):
+            receiver = connected(Recorder())
+            for chunk in pieces(data, way):
+                if b"too long" not in receiver.came:
+                    receiver.dataReceived(chunk)
+            seen.append(receiver.came)
+        self.assertEqual(seen[0], seen[1])
+
+    @examples
+    @given(
+        data=st.text("ap\n", max_size=30).map(str.encode),
+        sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    )
+    def test_what_is_unread(self, data: bytes, sizes: list[int]) -> None:
+        """What was given as lines, and what is unread, make up what has come, pauses or not."""
+        receiver = connected(Recorder())
+        receiver.MAX_LENGTH = 100
+        for chunk in pieces(data, sizes):
+            receiver.dataReceived(chunk)
+        read = b"".join(line + b"\n" for line in receiver.came)
+        self.assertEqual(read + receiver.unread, data)
+
+    def test_nothing_is_unread(self) -> None:
+        """Between two lines nothing is unread."""
+        receiver = connected(Recorder())
+        self.assertEqual(receiver.unread, b"")
+        receiver.dataReceived(b"a\nbb\n")
+        self.assertEqual(receiver.unread, b"")
+
     def test_a_line_without_an_end(self) -> None:
         """A line that grows too long is told before its end comes, and nothing of it is kept."""
         receiver = connected(Recorder())
@@ -198,6 +259,94 @@ class LongLineReceiverTests(SynchronousTestCase):
         receiver = connected(Recorder())
         receiver.sendLine(b"a")
         self.assertEqual(receiver.transport.value(), b"a\n")
+
+
+class KernelSocket:
+    """
+    A socket whose kernel takes as much as the test says.
+
+    Attributes:
+        room: How many bytes it takes before it is full.
+        taken: What it took.
+    """
+
+    def __init__(self) -> None:
+        self.room = 1000
+        self.taken = b""
+
+    def send(self, data: bytes) -> int:
+        if not self.room:
+            raise BlockingIOError
+        sent = data[: self.room]
+        self.room -= len(sent)
+        self.taken += sent
+        return len(sent)
+
+
+class PatientTransport:
+    """What Twisted's transport does with what is to be written: keep it."""
+
+    def __init__(self) -> None:
+        self._tempDataBuffer: list[bytes] = []
+        self._tempDataLen = 0
+        self.dataBuffer = b""
+        self.connected = True
+        self.socket = KernelSocket()
+
+    def write(self, data: bytes) -> None:
+        self._tempDataBuffer.append(data)
+        self._tempDataLen += len(data)
+
+
+class EagerTransport(EagerWrites, PatientTransport):
+    """The eager one."""
+
+
+class EagerWritesTests(SynchronousTestCase):
+    """What is sent at once, and what has to wait."""
+
+    def setUp(self) -> None:
+        """Make a transport whose kernel has room."""
+        self.transport = EagerTransport()
+        self.socket = self.transport.socket
+
+    def test_at_once(self) -> None:
+        """What the kernel takes is sent at once, and nothing waits."""
+        self.transport.write(b"hello")
+        self.assertEqual(self.socket.taken, b"hello")
+        self.assertEqual((self.transport.has_unsent, self.transport.unsent_bytes), (False, 0))
+
+    def test_what_the_kernel_does_not_take(self) -> None:
+        """What the kernel does not take waits, and is counted."""
+        self.socket.room = 3
+        self.transport.write(b"hello")
+        self.assertEqual((self.socket.taken, self.transport.unsent_bytes), (b"hel", 2))
+        self.assertTrue(self.transport.has_unsent)
+
+    def test_a_full_kernel(self) -> None:
+        """Where the kernel takes nothing all of it waits, and nothing is raised."""
+        self.socket.room = 0
+        self.transport.write(b"hello")
+        self.assertEqual((self.socket.taken, self.transport.unsent_bytes), (b"", 5))
+
+    def test_the_order_is_kept(self) -> None:
+        """Nothing passes what waits, in either of the places where Twisted lets it wait."""
+        self.socket.room = 0
+        self.transport.write(b"first")
+        self.socket.room = 1000
+        self.transport.write(b"second")
+        self.assertEqual((self.socket.taken, self.transport.unsent_bytes), (b"", 11))
+        self.transport.dataBuffer = b"".join(self.transport._tempDataBuffer)
+        self.transport._tempDataBuffer, self.transport._tempDataLen = [], 0
+        self.transport.write(b"third")
+        self.assertEqual((self.socket.taken, self.transport.unsent_bytes), (b"", 16))
+        self.assertTrue(self.transport.has_unsent)
+
+    def test_a_connection_that_is_gone(self) -> None:
+        """On a connection that is gone nothing is sent."""
+        self.transport.connected = False
+        self.transport.write(b"hello")
+        self.assertEqual(self.socket.taken, b"")
 
 
 class OneConnectionTests(SynchronousTestCase):

@@ -103,10 +103,14 @@ class LoadTasksTests(SynchronousTestCase):
         self.assertEqual(self.names(), ["add", "plus"])
 
     def test_a_built_in_function_replaced(self) -> None:
-        """A module may replace what is built in."""
-        registry = Registry([Function("add", len, Kind.THREAD)])
-        load_tasks([self.write("unit_tasks_mine.py", ADD)], registry)
-        self.assertEqual(registry.find("add").call(1, 2), 3)
+        """A module may replace what is built in, however it came into the registry."""
+        path = self.write("unit_tasks_mine.py", ADD)
+        built_in = Function("add", len, Kind.THREAD)
+        added = Registry()
+        added.add(built_in)
+        for registry in (Registry([built_in]), added):
+            load_tasks([path], registry)
+            self.assertEqual(registry.find("add").call(1, 2), 3)
 
     def test_no_such_module(self) -> None:
         """A module that does not exist is named."""
@@ -153,18 +157,24 @@ class LoadTasksTests(SynchronousTestCase):
         self.assertTrue(self.failure(path).endswith(f"({neighbour}, line 3)"))
 
     def test_a_syntax_error(self) -> None:
-        """A syntax error is told with its file and line."""
+        """A syntax error is told with its file, by its whole path, and line, and nothing else."""
         path = self.write("unit_tasks_syntax.py", "\n\ndef f(:\n")
+        self.assertEqual(self.failure(path), f"SyntaxError: invalid syntax ({path}, line 3)")
+        path = self.write("unit_tasks_tabs.py", "if 1:\n        a = 1\n\tb = 2\n")
         text = self.failure(path)
-        self.assertIn("SyntaxError", text)
-        self.assertIn(f'"{path}", line 3', text)
+        self.assertTrue(text.startswith("TabError: "), text)
+        self.assertTrue(text.endswith(f"({path}, line 3)"), text)
+
+    def test_a_syntax_error_of_nowhere(self) -> None:
+        """A syntax error that was raised by hand is told with the line that raised it."""
+        path = self.write("unit_tasks_raising.py", "\nraise SyntaxError('by hand')\n")
+        self.assertEqual(self.failure(path), f"SyntaxError: by hand ({path}, line 2)")
 
     def test_a_syntax_error_of_a_neighbour(self) -> None:
         """A syntax error is told with its own line, not with the line that imports it."""
         neighbour = self.write("unit_unreadable.py", "\n\ndef f(:\n")
         text = self.failure(self.write("unit_tasks_importing.py", "import unit_unreadable\n"))
-        self.assertIn(f'"{neighbour}", line 3', text)
-        self.assertNotIn("unit_tasks_importing.py", text)
+        self.assertEqual(text, f"SyntaxError: invalid syntax ({neighbour}, line 3)")
 
     def test_a_task_that_cannot_be(self) -> None:
         """A task of a name that is not allowed stops the load, and the name is told."""

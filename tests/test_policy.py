@@ -14,7 +14,10 @@ from taskd.policy import (
     Births,
     accept_pause,
     connection_ceiling,
+    is_hung,
+    jittered,
     reconnect_delay,
+    retry_after,
 )
 
 examples = settings(max_examples=60, deadline=None)
@@ -75,6 +78,71 @@ class ReconnectDelayTests(SynchronousTestCase):
         """The draw goes through the whole range, from zero on."""
         delays = [reconnect_delay(1, base=8.0, cap=9.0, jitter=j) for j in (0.0, 0.25, 0.75)]
         self.assertEqual(delays, [0.0, 2.0, 6.0])
+
+
+class HungTests(SynchronousTestCase):
+    """Whether a worker will not come to its senses by itself."""
+
+    def test_both_have_to_be_missed(self) -> None:
+        """A worker hangs if its task is overdue and its reactor has not run, and only then."""
+        for beat, due, expected in (
+            (98.0, 99.0, True),
+            (98.0, 99.9, False),  # overdue by less than what a reactor may be late
+            (98.0, 101.0, False),  # its task still has time
+            (99.0, 50.0, False),  # its reactor runs, and will see to it
+            (0.0, 0.0, False),  # its task may take as long as it likes
+        ):
+            self.assertIs(is_hung(100.0, beat, due), expected, (beat, due))
+
+    def test_the_bounds(self) -> None:
+        """It is given a second and a half without a beat, and a quarter over its task's time."""
+        self.assertIs(is_hung(101.5, 100.0, 1.0), False)
+        self.assertIs(is_hung(101.51, 100.0, 1.0), True)
+        self.assertIs(is_hung(100.25, 1.0, 100.0), False)
+        self.assertIs(is_hung(100.26, 1.0, 100.0), True)
+
+
+class RetryAfterTests(SynchronousTestCase):
+    """How long a caller whose task was refused stays away."""
+
+    def test_at_the_pace_of_late(self) -> None:
+        """It is told the time that the queue takes, rounded to hundredths."""
+        self.assertEqual(retry_after(100, 10.0), 10.0)
+        self.assertEqual(retry_after(10, 3.0), 3.33)
+
+    def test_an_unknown_pace(self) -> None:
+        """Where nothing has left the queue of late it is told one second."""
+        self.assertEqual([retry_after(waiting, 0.0) for waiting in (0, 10_000)], [1.0, 1.0])
+
+    @examples
+    @given(waiting=st.integers(0, 10**9), rate=st.floats(0.0, 1e9))
+    def test_bounds(self, waiting: int, rate: float) -> None:
+        """It is never less than a tenth of a second, and never more than a minute."""
+        seconds = retry_after(waiting, rate)
+        self.assertTrue(0.1 <= seconds <= 60.0)
+        self.assertEqual(seconds, round(seconds, 2))
+
+
+class JitteredTests(SynchronousTestCase):
+    """One worker's own limit."""
+
+    def test_by_the_dice(self) -> None:
+        """The lowest draw leaves the limit as it is, and higher ones lower it evenly."""
+        limits = [jittered(1000, jitter=jitter) for jitter in (0.0, 0.25, 0.5, 0.999)]
+        self.assertEqual(limits, [1000, 950, 900, 801])
+
+    @examples
+    @given(limit=st.integers(1, 10**12), jitter=DICE)
+    def test_bounds(self, limit: int, jitter: float) -> None:
+        """It stays between four fifths of what all were given, and 1, and what they were given."""
+        own = jittered(limit, jitter=jitter)
+        self.assertIs(type(own), int)
+        self.assertTrue(max(1, limit * 0.8 - 1e-3) <= own <= limit)
+
+    def test_small_limits(self) -> None:
+        """A limit of few is a limit of few for everybody, and never none."""
+        self.assertEqual({jittered(1, jitter=0.999), jittered(1, jitter=0.0)}, {1})
+        self.assertEqual({jittered(4, jitter=0.999), jittered(4, jitter=0.0)}, {4})
 
 
 class BirthsTests(SynchronousTestCase):

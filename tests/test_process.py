@@ -15,10 +15,11 @@ from typing import Any
 from twisted.trial.unittest import SynchronousTestCase
 
 import taskd
+from taskd.process import describe_end
 
 START = """
 import ctypes, json, os, signal
-from taskd.process import Title, adopt_orphans, die_with_parent
+from taskd.process import *
 def read(name):
     with open("/proc/self/" + name) as file:
         return file.read()
@@ -60,6 +61,58 @@ class KernelTests(SynchronousTestCase):
         """The process becomes the one that orphans among its descendants are given to."""
         shown = run("show(ask(SUBREAPER)); adopt_orphans(); show(ask(SUBREAPER))")
         self.assertEqual(shown, [0, 1])
+
+
+class ChildTests(SynchronousTestCase):
+    """Children that have ended."""
+
+    def test_how_a_process_ended(self) -> None:
+        """An exit is told by its status, a signal by its name, and SIGKILL with a guess."""
+        for status, words in (
+            (0, "exited with status 0"),
+            (3 << 8, "exited with status 3"),
+            (signal.SIGSEGV, "was killed by SIGSEGV"),
+            (signal.SIGSEGV | 0x80, "was killed by SIGSEGV"),  # and dumped its core
+            (signal.SIGKILL, "was killed by SIGKILL; out of memory?"),
+        ):
+            self.assertEqual(describe_end(status), words)
+
+    def test_a_signal_without_a_name(self) -> None:
+        """A signal that Python has no name for is told as well."""
+        self.assertEqual(describe_end(40), "was killed by signal 40")
+
+    def test_children_that_nobody_waits_for(self) -> None:
+        """Children that nobody knows are reaped, and one that somebody does is left to them."""
+        shown = run(
+            "def child():\n    pid = os.fork()\n    if pid == 0: os._exit(3)\n"
+            "    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)\n    return pid\n"
+            "def is_reaped(pid):\n    try: os.waitpid(pid, os.WNOHANG)\n"
+            "    except ChildProcessError: return True\n    return False\n"
+            "stray, other = child(), child(); reap_others(set())\n"
+            "show([is_reaped(stray), is_reaped(other)])\n"
+            "known = child(); reap_others({known}); show(is_reaped(known))"
+        )
+        self.assertEqual(shown, [[True, True], False])
+
+    def test_a_child_that_runs(self) -> None:
+        """A child that has not ended, and having none at all, are no reason to wait."""
+        shown = run(
+            "reap_others(set())\npid = os.fork()\nif pid == 0: signal.pause()\n"
+            "reap_others(set()); os.kill(pid, 9); show(os.waitpid(pid, 0)[1])"
+        )
+        self.assertEqual(shown, [signal.SIGKILL])
+
+
+class MemoryTests(SynchronousTestCase):
+    """What the process has resident."""
+
+    def test_it_grows_with_what_is_used(self) -> None:
+        """Memory that is written on counts, in bytes."""
+        shown = run(
+            "before = resident_bytes(); kept = bytearray(os.urandom(1)) * 2**26;"
+            "grown = resident_bytes() - before; show(2**25 < grown < 2**27)"
+        )
+        self.assertEqual(shown, [True])
 
 
 class TitleTests(SynchronousTestCase):

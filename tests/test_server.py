@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.errors import WorkerLost
 from taskd.functions import Function, Kind, progress, task
-from tests.support import PATIENCE, MemoryDaemon, line_of
+from tests.support import PATIENCE, FakePool, MemoryDaemon, MemoryTransport, line_of
 
 
 @task(blocking=False)
@@ -37,8 +37,12 @@ class ServerTestCase(SynchronousTestCase):
             self.late.append(Deferred())
             return self.late[-1]
 
-        self.daemon = MemoryDaemon(echo, later, max_line_bytes=1024)
+        self.functions = (echo, later)
+        self.daemon = self.new_daemon()
         self.protocol, self.transport = self.daemon.connect()
+
+    def new_daemon(self, **settings: Any) -> MemoryDaemon:
+        return MemoryDaemon(*self.functions, max_line_bytes=1024, **settings)
 
     def lose(self) -> None:
         """Let the connection be lost."""
@@ -56,6 +60,13 @@ class ReplyTests(ServerTestCase):
         self.protocol.dataReceived(b"".join(line_of("echo", number) for number in range(50)))
         self.assertEqual(self.transport.messages, list(range(50)))
         self.assertEqual(len(self.transport.writes), 1)
+
+    def test_many_leave_in_parts(self) -> None:
+        """After 64 replies those leave, so that a long chunk is not answered only at its end."""
+        self.protocol.dataReceived(b"".join(line_of("echo", number) for number in range(150)))
+        self.assertEqual(self.transport.messages, list(range(150)))
+        parts = [written.count(b"\n") for written in self.transport.writes]
+        self.assertEqual(parts, [64, 64, 22])
 
     def test_nothing_is_written_for_nothing(self) -> None:
         """A chunk that calls for no reply causes no write."""
@@ -182,7 +193,9 @@ class HalfCloseTests(ServerTestCase):
         self.assertFalse(self.transport.disconnecting)
         self.late[0].callback("late")
         self.assertEqual(self.transport.messages, ["late"])
+        self.assertFalse(self.transport.is_half_closed)
         self.assertClosed()
+        self.lose()
         self.assertEqual(self.daemon.loop.getDelayedCalls(), [])
 
     def test_the_end_in_a_line(self) -> None:
@@ -239,10 +252,28 @@ class LingerTests(ServerTestCase):
         """The two seconds begin when the peer has our last word, not before."""
         self.transport.is_slow = True
         self.protocol.dataReceived(b"rubbish\n")
-        self.daemon.loop.advance(60)
+        self.daemon.loop.advance(29.9)
         self.assertFalse(self.transport.disconnected)
         self.transport.arrive()
         self.daemon.loop.advance(1.9)
+        self.assertFalse(self.transport.disconnected)
+        self.daemon.loop.advance(0.1)
+        self.assertTrue(self.transport.disconnected)
+
+    def test_a_peer_that_does_not_read_is_cut_off(self) -> None:
+        """A peer that was hung up on and does not read our last words is cut off after 30 s."""
+        self.transport.is_slow = True
+        self.protocol.dataReceived(b"rubbish\n")
+        self.daemon.loop.advance(29.9)
+        self.assertFalse(self.transport.disconnected)
+        self.daemon.loop.advance(0.1)
+        self.assertTrue(self.transport.disconnected)
+
+    def test_a_peer_that_has_ended_and_does_not_read(self) -> None:
+        """A peer that has sent all and does not read its reply is cut off after 30 s as well."""
+        self.protocol.dataReceived(line_of("echo", 1))
+        IHalfCloseableProtocol(self.protocol).readConnectionLost()
+        self.daemon.loop.advance(29.9)
         self.assertFalse(self.transport.disconnected)
         self.daemon.loop.advance(0.1)
         self.assertTrue(self.transport.disconnected)
@@ -260,6 +291,419 @@ class LingerTests(ServerTestCase):
         protocol.dataReceived(b"rubbish\n")
         self.assertTrue(transport.disconnecting)
         self.assertFalse(transport.disconnected)
+        self.daemon.loop.advance(30)
+        self.assertTrue(transport.disconnected)
+
+
+class SilenceTests(ServerTestCase):
+    """Connections over which nothing comes."""
+
+    def sweep_after(self, seconds: float) -> None:
+        self.daemon.loop.advance(seconds)
+        self.daemon.factory.sweep()
+
+    def test_no_first_line(self) -> None:
+        """A connection that sends no line in its time is told so, and hung up on."""
+        self.sweep_after(30)
+        self.assertEqual(self.transport.messages, [])
+        self.sweep_after(0.1)
+        (reply,) = self.transport.messages
+        self.assertEqual(reply["error"]["code"], "malformed")
+        self.assertEqual(reply["error"]["message"], "no request came within 30 s")
+        self.assertTrue(self.transport.is_half_closed)
+
+    def test_a_line_that_does_not_end(self) -> None:
+        """Bytes without a line feed are no line, however often they come."""
+        for _ in range(6):
+            self.protocol.dataReceived(b"x")
+            self.sweep_after(6)
+        self.assertEqual(self.transport.messages[0]["error"]["code"], "malformed")
+        self.assertEqual(len(self.transport.messages), 1)
+
+    def test_a_first_line(self) -> None:
+        """A connection that has sent a line, a keep-alive even, may be silent from then on."""
+        other, others = self.daemon.connect()
+        self.protocol.dataReceived(line_of("echo"))
+        other.dataReceived(b"\n")
+        self.sweep_after(86400)
+        for transport in (self.transport, others):
+            self.assertFalse(transport.is_half_closed)
+            self.assertFalse(transport.disconnecting)
+
+    def test_each_has_its_own_time(self) -> None:
+        """Each connection is given its time from its own coming."""
+        self.daemon.loop.advance(20)
+        _, later = self.daemon.connect()
+        self.sweep_after(11)
+        self.assertEqual((self.transport.is_half_closed, later.is_half_closed), (True, False))
+        self.sweep_after(20)
+        self.assertTrue(later.is_half_closed)
+
+    def test_the_operators_time(self) -> None:
+        """The operator decides how long that time is."""
+        self.daemon = self.new_daemon(first_line_seconds=0.5)
+        _, transport = self.daemon.connect()
+        self.sweep_after(0.6)
+        self.assertEqual(transport.messages[0]["error"]["message"], "no request came within 0.5 s")
+
+    def test_it_is_not_waited_for(self) -> None:
+        """A silent peer is cut off two seconds later, whether it takes our last words or not."""
+        self.transport.is_slow = True
+        self.sweep_after(30.1)
+        self.daemon.loop.advance(1.9)
+        self.assertFalse(self.transport.disconnected)
+        self.daemon.loop.advance(0.1)
+        self.assertTrue(self.transport.disconnected)
+
+    def test_those_who_have_gone(self) -> None:
+        """A connection that has gone is not hung up on."""
+        self.lose()
+        self.sweep_after(60)
+        self.assertEqual(self.transport.messages, [])
+        self.assertEqual(self.daemon.loop.getDelayedCalls(), [])
+
+
+class IdlenessTests(ServerTestCase):
+    """Connections over which nothing comes any more."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.daemon = self.new_daemon(idle_seconds=10)
+        self.protocol, self.transport = self.daemon.connect()
+        self.protocol.dataReceived(line_of("echo", 1))
+
+    def sweep_after(self, seconds: float) -> None:
+        self.daemon.loop.advance(seconds)
+        self.daemon.factory.sweep()
+
+    def test_an_idle_connection(self) -> None:
+        """A connection without a request in its time is closed, and nothing is said."""
+        self.sweep_after(10)
+        self.assertFalse(self.transport.disconnecting)
+        self.sweep_after(0.1)
+        self.assertTrue(self.transport.disconnecting)
+        self.assertEqual(self.transport.messages, [1])
+
+    def test_it_is_not_waited_for(self) -> None:
+        """It is cut off two seconds later if it takes no part in that."""
+        self.sweep_after(10.1)
+        self.daemon.loop.advance(2)
+        self.assertTrue(self.transport.disconnected)
+
+    def test_requests_count(self) -> None:
+        """Each request, and each keep-alive, gives it the time anew."""
+        for line in (line_of("echo"), b"\n"):
+            self.sweep_after(9)
+            self.protocol.dataReceived(line)
+        self.sweep_after(9)
+        self.assertFalse(self.transport.disconnecting)
+        self.sweep_after(1.1)
+        self.assertTrue(self.transport.disconnecting)
+
+    def test_tasks_in_flight_count(self) -> None:
+        """A connection that waits for its reply is not idle, however long that takes."""
+        self.protocol.dataReceived(line_of("later"))
+        for _ in range(5):
+            self.sweep_after(10.1)
+        self.assertFalse(self.transport.disconnecting)
+
+    def test_replies_count(self) -> None:
+        """The time begins with the reply, not with the request, of a task that took long."""
+        self.protocol.dataReceived(line_of("later"))
+        self.sweep_after(9)
+        self.late[0].callback("late")
+        self.sweep_after(9)
+        self.assertFalse(self.transport.disconnecting)
+        self.sweep_after(1.1)
+        self.assertTrue(self.transport.disconnecting)
+
+    def test_those_who_have_gone(self) -> None:
+        """A connection that has gone is not closed."""
+        self.lose()
+        self.sweep_after(60)
+        self.assertFalse(self.transport.disconnecting)
+        self.assertEqual(self.daemon.loop.getDelayedCalls(), [])
+
+
+class CrowdTests(ServerTestCase):
+    """More connections than the operator allows."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.daemon = self.new_daemon(max_connections=2)
+
+    def test_one_too_many(self) -> None:
+        """A connection too many is told when to come back, hung up on, and not read."""
+        fine = [self.daemon.connect() for _ in range(2)]
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(line_of("echo", "smuggled"))
+        (reply,) = transport.messages
+        self.assertEqual(reply["error"]["code"], "overloaded")
+        self.assertEqual((reply["error"]["retryable"], reply["error"]["retry_after"]), (True, 1.0))
+        self.assertTrue(transport.is_half_closed)
+        for protocol, transport in fine:
+            protocol.dataReceived(line_of("echo", 1))
+            self.assertEqual(transport.messages, [1])
+
+    def test_room_again(self) -> None:
+        """When one has gone there is room for another."""
+        first, _ = self.daemon.connect()
+        self.daemon.connect()
+        first.connectionLost(connectionDone)
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(line_of("echo", 1))
+        self.assertEqual(transport.messages, [1])
+
+
+class FullTests(ServerTestCase):
+    """Connections that are not read from for a while."""
+
+    def test_too_many_calls(self) -> None:
+        """A connection with as many calls in flight as it may have is read from at half of them."""
+        self.daemon = self.new_daemon(max_in_flight=4)
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(b"".join(line_of("later", id=number) for number in range(6)))
+        self.assertEqual((len(self.late), transport.is_read), (4, False))
+        self.late[0].callback(None)
+        self.assertEqual((len(self.late), transport.is_read), (4, False))
+        self.late[1].callback(None)
+        self.assertEqual(len(self.late), 6)
+        self.assertFalse(transport.is_read)
+        for number in (2, 3):
+            self.late[number].callback(None)
+        self.assertTrue(transport.is_read)
+        self.assertEqual([reply["id"] for reply in transport.messages], [0, 1, 2, 3])
+
+    def test_a_peer_that_does_not_read(self) -> None:
+        """A peer that leaves more than 64 KiB unread is not read from until it has read all."""
+        self.transport.unsent_bytes = 64 * 1024
+        self.protocol.dataReceived(line_of("echo", 1))
+        self.assertTrue(self.transport.is_read)
+        self.transport.unsent_bytes += 1
+        self.protocol.dataReceived(line_of("echo", 2))
+        self.assertFalse(self.transport.is_read)
+        self.transport.unsent_bytes = 0
+        assert self.transport.on_sent is not None
+        self.transport.on_sent()
+        self.assertTrue(self.transport.is_read)
+        self.protocol.dataReceived(line_of("echo", 3))
+        self.assertEqual(self.transport.messages, [1, 2, 3])
+
+    def test_what_had_come_already(self) -> None:
+        """What such a peer has sent beyond 64 requests is only looked at when it has read all."""
+        self.transport.unsent_bytes = 10**6
+        self.protocol.dataReceived(b"".join(line_of("echo", number) for number in range(70)))
+        self.assertEqual(self.transport.messages, list(range(64)))
+        self.transport.unsent_bytes = 0
+        assert self.transport.on_sent is not None
+        self.transport.on_sent()
+        self.assertEqual(self.transport.messages, list(range(70)))
+
+    def test_two_reasons(self) -> None:
+        """A connection that is held for two reasons is read from when both have gone."""
+        self.daemon = self.new_daemon(max_in_flight=2)
+        protocol, transport = self.daemon.connect()
+        transport.unsent_bytes = 10**6
+        protocol.dataReceived(line_of("echo", 1))
+        protocol.dataReceived(b"")
+        protocol.hold_still(True)
+        transport.on_sent()
+        self.assertFalse(transport.is_read)
+        protocol.hold_still(False)
+        self.assertTrue(transport.is_read)
+
+
+class MoveTests(ServerTestCase):
+    """Connections that go on at another worker."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.moved: list[tuple[Any, bytes]] = []
+        self.takes = True
+
+    def move(self, socket: Any, unread: bytes) -> bool:
+        if self.takes:
+            self.moved.append((socket, unread))
+        return self.takes
+
+    def pass_on(self) -> None:
+        self.daemon.factory.pass_on(self.move)
+
+    def test_nothing_is_owed(self) -> None:
+        """Connections that are owed nothing go at once, and their peers notice nothing."""
+        _, other = self.daemon.connect()
+        self.pass_on()
+        self.assertCountEqual(self.moved, [(self.transport, b""), (other, b"")])
+        self.assertEqual(self.daemon.factory.open_connections, 0)
+        for transport in (self.transport, other):
+            self.assertFalse(transport.disconnecting)
+            self.assertFalse(transport.is_half_closed)
+            self.assertEqual(transport.writes, [])
+
+    def test_what_was_read_goes_with_it(self) -> None:
+        """The beginning of a line that has come goes with the connection."""
+        self.protocol.dataReceived(line_of("echo", 1) + b'{"func')
+        self.pass_on()
+        self.assertEqual(self.moved, [(self.transport, b'{"func')])
+        self.assertEqual(self.transport.messages, [1])
+
+    def test_a_reply_is_owed(self) -> None:
+        """A connection that is owed a reply gets it here, and goes then."""
+        self.protocol.dataReceived(line_of("later") + line_of("later", id=1))
+        self.pass_on()
+        self.late[1].callback("b")
+        self.assertEqual(self.moved, [])
+        self.late[0].callback("a")
+        self.assertEqual(self.moved, [(self.transport, b"")])
+        self.assertEqual(self.transport.messages, [{"id": 1, "result": "b"}, "a"])
+
+    def test_a_batch_from_a_thread(self) -> None:
+        """The last reply of a batch is written before the connection goes."""
+        begun, go_on = Event(), Event()
+        self.addCleanup(go_on.set)
+
+        def hold() -> str:
+            begun.set()
+            go_on.wait(PATIENCE)
+            return "held"
+
+        self.daemon = MemoryDaemon(hold)
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(line_of("hold"))
+        self.assertTrue(begun.wait(PATIENCE))
+        self.pass_on()
+        go_on.set()
+        self.daemon.loop.run_until(lambda: self.moved)
+        self.assertEqual(self.moved, [(transport, b"")])
+        self.assertEqual(transport.messages, ["held"])
+
+    def test_no_room_on_the_way(self) -> None:
+        """A connection that cannot go at once is tried again, and is served meanwhile."""
+        self.takes = False
+        self.pass_on()
+        self.assertEqual(self.daemon.factory.open_connections, 1)
+        self.takes = True
+        self.daemon.loop.pump([0.05, 0.1])
+        self.assertEqual(self.moved, [(self.transport, b"")])
+
+    def test_a_peer_that_has_not_read(self) -> None:
+        """A connection of which something is unsent does not go until it is sent."""
+        self.transport.unsent_bytes = 1
+        self.pass_on()
+        self.assertEqual(self.moved, [])
+        self.transport.unsent_bytes = 0
+        self.daemon.loop.pump([0.05, 0.1])
+        self.assertEqual(len(self.moved), 1)
+
+    def test_a_peer_that_has_ended(self) -> None:
+        """A connection whose peer has sent all stays, and is closed here after its reply."""
+        self.protocol.dataReceived(line_of("later"))
+        IHalfCloseableProtocol(self.protocol).readConnectionLost()
+        self.pass_on()
+        self.late[0].callback("late")
+        self.assertEqual((self.moved, self.transport.messages), ([], ["late"]))
+        self.assertTrue(self.transport.disconnecting)
+
+    def test_a_peer_that_was_refused(self) -> None:
+        """A connection that was hung up on stays."""
+        self.protocol.dataReceived(b"rubbish\n")
+        self.pass_on()
+        self.daemon.loop.pump([0.05, 0.1])
+        self.assertEqual(self.moved, [])
+
+    def test_a_transport_that_cannot_be_given_away(self) -> None:
+        """A connection that cannot be given away, such as TLS, stays."""
+        protocol, transport = self.daemon.factory.buildProtocol(None), StringTransport()
+        protocol.makeConnection(transport)
+        self.lose()
+        self.pass_on()
+        self.assertEqual((self.moved, self.daemon.factory.open_connections), ([], 1))
+
+    def test_who_always_asks_for_more_is_held_still(self) -> None:
+        """A connection that stays busy is not read from for a moment, again and again, less so."""
+        self.protocol.dataReceived(line_of("later"))
+        self.pass_on()
+        still = []
+        for _ in range(4):
+            self.assertFalse(self.transport.is_read)
+            self.daemon.loop.advance(0.049)
+            self.assertFalse(self.transport.is_read)
+            self.daemon.loop.advance(0.001)
+            began = self.daemon.loop.seconds()
+            while self.transport.is_read:
+                self.daemon.loop.advance(0.01)
+            still.append(round(self.daemon.loop.seconds() - began, 1))
+        self.assertEqual(still, [0.1, 0.2, 0.4, 0.8])
+
+    def test_the_longest_time_between(self) -> None:
+        """It is held still every five seconds at least."""
+        self.protocol.dataReceived(line_of("later"))
+        self.pass_on()
+        for _ in range(10):
+            self.daemon.loop.pump([0.05, 5.0])
+            self.assertFalse(self.transport.is_read)
+
+    def test_nobody_is_left(self) -> None:
+        """When the last connection has gone nobody is held still any more."""
+        self.protocol.dataReceived(line_of("later"))
+        self.pass_on()
+        self.late[0].callback(None)
+        self.daemon.loop.pump([0.05, 0.1])
+        self.assertEqual(self.daemon.loop.getDelayedCalls(), [])
+
+    def test_what_comes_is_sent_on(self) -> None:
+        """What comes over a connection that is to go, and cannot yet, is run elsewhere."""
+        pool = self.daemon.executor.pool = FakePool()
+        self.protocol.dataReceived(line_of("later"))
+        self.pass_on()
+        self.daemon.loop.advance(0.05)
+        self.protocol.dataReceived(line_of("echo", 1))
+        self.assertEqual([call.function.name for call in pool.taken], ["echo"])
+        self.late[0].callback(None)
+        self.assertEqual(self.moved, [])
+        pool.taken[0].end(b"1\n")
+        self.assertEqual((len(self.moved), self.transport.messages), (1, [None, 1]))
+
+    def test_what_is_behind_the_last_reply(self) -> None:
+        """A chunk that came together is answered to its end before the connection goes."""
+        pool = self.daemon.executor.pool = FakePool()
+        pool.answer = b"1\n"
+        self.takes = False
+        self.pass_on()
+        self.daemon.loop.advance(0.05)
+        self.takes = True
+        self.protocol.dataReceived(line_of("echo") * 3 + b'{"func')
+        self.assertEqual(self.transport.messages, [1, 1, 1])
+        self.assertEqual(self.moved, [(self.transport, b'{"func')])
+
+    def test_an_adopted_connection(self) -> None:
+        """A connection that came from another worker goes on with what was read there."""
+        protocol, transport = self.daemon.factory.buildProtocol(None), MemoryTransport()
+        protocol.makeConnection(transport)
+        protocol.adopted(line_of("echo", 1) + b'{"function":')
+        protocol.dataReceived(b'"echo","args":[2]}\n')
+        self.assertEqual(transport.messages, [1, 2])
+
+    def test_an_adopted_connection_is_no_new_one(self) -> None:
+        """It is not turned away for a crowd, and owes no first line: it has sent one elsewhere."""
+        self.daemon = self.new_daemon(max_connections=1)
+        self.daemon.connect()
+        protocol, transport = self.daemon.factory.buildProtocol(None), MemoryTransport()
+        protocol.makeConnection(transport)
+        protocol.adopted(b"")
+        self.daemon.loop.advance(60)
+        self.daemon.factory.sweep()
+        self.assertEqual((transport.messages, transport.is_half_closed), ([], False))
+        self.assertEqual(self.daemon.factory.open_connections, 2)
+
+    def test_cut_off(self) -> None:
+        """Cutting off ends the connections that are owed nothing, and no others."""
+        _, other = self.daemon.connect()
+        self.protocol.dataReceived(line_of("later"))
+        self.takes = False
+        self.pass_on()
+        self.daemon.factory.cut_off()
+        self.assertEqual((self.transport.disconnected, other.disconnected), (False, True))
 
 
 class LostTests(ServerTestCase):
@@ -278,6 +722,16 @@ class LostTests(ServerTestCase):
         self.assertFalse(self.late[0].called)
         self.late[0].callback("too late")
         self.assertEqual(self.daemon.slot.status(0.0)["done"], 1)
+
+    def test_tasks_that_end_with_their_caller(self) -> None:
+        """A task that was to end with its caller's connection is cancelled, and no other."""
+        self.protocol.dataReceived(
+            line_of("later", cancel_on_disconnect=True) + line_of("later", id=1)
+        )
+        self.late[0].addErrback(lambda _: None)
+        self.lose()
+        self.assertEqual([late.called for late in self.late], [True, False])
+        self.assertEqual(self.transport.writes, [])
 
     def test_a_bug_closes_its_own_connection(self) -> None:
         """An exception in taskd itself is logged, and costs the connection that met it alone."""
@@ -310,25 +764,27 @@ class FactoryTests(ServerTestCase):
         self.lose()
         self.assertEqual(seen, [0])
 
-    def test_drain_with_no_connection(self) -> None:
-        """Draining is over at once if there is no connection."""
+    def test_the_last_one_is_told(self) -> None:
+        """Who waits for the end is told when the last connection has gone, and not before."""
+        seen = []
+        self.daemon.factory.on_empty = lambda: seen.append(self.daemon.factory.open_connections)
+        other, _ = self.daemon.connect()
         self.lose()
-        self.assertIsNone(self.successResultOf(self.daemon.factory.drain()))
+        self.assertEqual(seen, [])
+        other.connectionLost(connectionDone)
+        self.assertEqual(seen, [0])
 
     def test_drain(self) -> None:
-        """Draining hangs up on who is owed nothing, and is over when the last one has gone."""
+        """Draining hangs up on who is owed nothing, and on the others after their replies."""
         busy, busy_transport = self.daemon.connect()
         busy.dataReceived(line_of("later"))
-        drained = self.daemon.factory.drain()
+        self.daemon.factory.drain()
         self.assertTrue(self.transport.is_half_closed)
         self.assertFalse(busy_transport.is_half_closed)
         self.lose()
         self.late[0].callback("late")
         self.assertEqual(busy_transport.messages, ["late"])
         self.assertTrue(busy_transport.is_half_closed)
-        self.assertNoResult(drained)
-        busy.connectionLost(connectionDone)
-        self.assertIsNone(self.successResultOf(drained))
 
     def test_abandon(self) -> None:
         """Abandoning answers whatever is owed on every connection."""

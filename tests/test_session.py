@@ -11,10 +11,10 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.call import Call
-from taskd.errors import Cancelled, TaskFailed, WorkerLost
+from taskd.errors import Cancelled, Overloaded, TaskFailed, WorkerLost
 from taskd.functions import Function, task
 from taskd.session import Session
-from taskd.wire import encode_progress, encode_result
+from taskd.wire import NO_TERMS, Terms, encode_progress, encode_result
 from tests.support import line_of, registry_of
 
 
@@ -38,6 +38,7 @@ class HeldRunner:
 
     def __init__(self) -> None:
         self.held: dict[str, Call] = {}
+        self.sent_on: list[Call] = []
         self.abandoned: list[str] = []
 
     def call_now(
@@ -48,7 +49,10 @@ class HeldRunner:
     def start(self, call: Call, pending: Deferred[Any] | None) -> None:
         label = call.positional[0]
         self.held[label] = call
-        call.abandon = lambda: self.abandoned.append(label)
+        call.abandon = lambda call: self.abandoned.append(label)
+
+    def send_on(self, call: Call) -> None:
+        self.sent_on.append(call)
 
     def finish(self, label: str) -> None:
         """End a call with its label as the result."""
@@ -57,15 +61,29 @@ class HeldRunner:
 
 
 class Conversation:
-    """A session, and the test as its peer."""
+    """
+    A session, and the test as its peer.
 
-    def __init__(self) -> None:
+    Attributes:
+        holds: Whether to stop reading, each time that this was said.
+        quiet: How many calls were in flight, each time that nothing was owed.
+    """
+
+    def __init__(self, max_in_flight: int = 1000) -> None:
         self.runner = HeldRunner()
         self.sent: list[bytes] = []
         self.hang_ups = 0
+        self.holds: list[bool] = []
+        self.quiet: list[bool] = []
         self.session = Session(
-            registry_of(now, later, limited), self.runner, self.sent.append, self._hang_up
+            registry_of(now, later, limited),
+            self.runner,
+            self.sent.append,
+            self._hang_up,
+            self.holds.append,
+            max_in_flight,
         )
+        self.session.on_quiet = lambda: self.quiet.append(self.session.owes_replies)
 
     def _hang_up(self) -> None:
         self.hang_ups += 1
@@ -309,6 +327,279 @@ class EndTests(SessionTestCase):
         self.assertFalse(self.session.owes_replies)
 
 
+class CallersEndTests(SessionTestCase):
+    """Tasks that are to end with their caller's connection."""
+
+    def test_who_wanted_it(self) -> None:
+        """When the connection is lost the tasks that were to end with it are stopped, no others."""
+        self.ask("later", "a", cancel_on_disconnect=True)
+        self.ask("later", "b")
+        self.ask("later", "c", id=1, cancel_on_disconnect=True)
+        self.ask("later", "d", id=2, cancel_on_disconnect=False)
+        self.session.lost()
+        self.assertCountEqual(self.runner.abandoned, ["a", "c"])
+        self.assertEqual((self.peer.replies, self.peer.hang_ups), ([], 0))
+        for label in "bd":
+            self.assertIsNone(self.runner.held[label].reply)
+
+    def test_the_end_of_sending(self) -> None:
+        """A peer that has ended its sending may have closed: the same tasks are stopped then."""
+        self.ask("later", "a", cancel_on_disconnect=True)
+        self.ask("later", "b", id=1)
+        self.session.receive_end(False)
+        self.assertEqual(self.runner.abandoned, ["a"])
+        self.runner.finish("b")
+        self.assertEqual((self.peer.gist, self.peer.hang_ups), (["cancelled", (1, "b")], 1))
+
+    def test_the_end_of_sending_of_all(self) -> None:
+        """Where nothing else is owed the peer is hung up on once."""
+        for label in "ab":
+            self.ask("later", label, cancel_on_disconnect=True)
+        self.session.receive_end(False)
+        self.assertEqual((self.peer.gist, self.peer.hang_ups), (["cancelled", "cancelled"], 1))
+
+    def test_what_is_done_already(self) -> None:
+        """A task that has been answered is not stopped when the connection ends."""
+        self.ask("later", "a", cancel_on_disconnect=True)
+        self.runner.finish("a")
+        self.session.lost()
+        self.assertEqual(self.runner.abandoned, [])
+
+
+class FullTests(SessionTestCase):
+    """As many calls in flight as there may be."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.peer = Conversation(max_in_flight=4)
+        self.session = self.peer.session
+        self.runner = self.peer.runner
+        self.ask = self.peer.ask
+
+    def ask_for(self, labels: str) -> None:
+        for label in labels:
+            self.ask("later", label)
+
+    def test_reading_is_held_at_the_limit(self) -> None:
+        """Reading is held by the call that reaches the limit, and by no earlier one."""
+        self.ask_for("abc")
+        self.assertEqual(self.peer.holds, [])
+        self.ask_for("d")
+        self.assertEqual(self.peer.holds, [True])
+
+    def test_what_has_been_read_is_still_taken(self) -> None:
+        """Lines that come though reading is held are taken, and hold it no second time."""
+        self.ask_for("abcdef")
+        self.assertEqual(len(self.runner.held), 6)
+        self.assertEqual(self.peer.holds, [True])
+
+    def test_reading_goes_on_at_half(self) -> None:
+        """Reading goes on when half of the limit is in flight, not before."""
+        self.ask_for("abcde")
+        for label in "abc":
+            self.assertEqual(self.peer.holds, [True])
+            self.runner.finish(label)
+        self.assertEqual(self.peer.holds, [True, False])
+        self.runner.finish("d")
+        self.assertEqual(self.peer.holds, [True, False])
+
+    def test_again_and_again(self) -> None:
+        """Each time that the limit is reached reading is held anew."""
+        self.ask_for("abcd")
+        for label in "ab":
+            self.runner.finish(label)
+        self.ask_for("ef")
+        self.assertEqual(self.peer.holds, [True, False, True])
+
+    def test_a_limit_of_one(self) -> None:
+        """Where one call may be in flight, reading goes on when it has ended."""
+        self.peer = Conversation(max_in_flight=1)
+        for label in "ab":
+            self.peer.ask("later", label)
+            self.peer.runner.finish(label)
+        self.assertEqual(self.peer.holds, [True, False, True, False])
+
+    def test_what_is_over_at_once(self) -> None:
+        """Calls that are answered at once are not in flight, however many they are."""
+        for number in range(20):
+            self.ask("now", number)
+            self.ask("nowhere")
+        self.assertEqual(self.peer.holds, [])
+
+    def test_a_lost_peer(self) -> None:
+        """Nobody goes on reading from a peer that is lost."""
+        self.ask_for("abcd")
+        self.session.lost()
+        for label in "abcd":
+            self.runner.finish(label)
+        self.assertEqual(self.peer.holds, [True])
+
+
+class PassOnTests(SessionTestCase):
+    """A session whose tasks are run by another worker."""
+
+    def sent_on(self) -> list[tuple[str, list[Any], dict[str, Any], str]]:
+        return [
+            (call.function.name, call.positional, call.keywords, call.id_json)
+            for call in self.runner.sent_on
+        ]
+
+    def test_every_later_request_is_sent_on(self) -> None:
+        """Whatever comes later is sent on as it is, names and arguments unknown here included."""
+        self.ask("later", "a")
+        self.session.pass_on()
+        self.ask("now", 1)
+        self.ask("later", "b", id=7, timeout=5, priority=2)
+        self.ask("of.newer.code", 1, 2, 3)
+        self.session.receive(b'{"function": "now", "args": {"no": "such", "names": 1}}')
+        self.ask("taskd.status")
+        self.assertEqual(
+            self.sent_on(),
+            [
+                ("now", [1], {}, ""),
+                ("later", ["b"], {}, "7"),
+                ("of.newer.code", [1, 2, 3], {}, ""),
+                ("now", [], {"no": "such", "names": 1}, ""),
+                ("taskd.status", [], {}, ""),
+            ],
+        )
+        self.assertEqual(self.runner.sent_on[1].terms, Terms(timeout=5, priority=2))
+        self.assertEqual((list(self.runner.held), self.peer.replies), (["a"], []))
+
+    def test_replies_keep_their_order(self) -> None:
+        """Replies without an id leave in their order, wherever their tasks are run."""
+        self.ask("later", "a")
+        self.session.pass_on()
+        for label in "bc":
+            self.ask("later", label)
+        for call in reversed(self.runner.sent_on):
+            call.end(encode_result("", call.positional[0]))
+        self.assertEqual(self.peer.replies, [])
+        self.runner.finish("a")
+        self.assertEqual(self.peer.replies, ["a", "b", "c"])
+
+    def test_cancel_stays_here(self) -> None:
+        """Cancelling is this connection's own matter, for calls that were sent on as well."""
+        self.ask("later", "a", id=1)
+        self.session.pass_on()
+        self.ask("later", "b", id=2)
+        self.ask("taskd.cancel", 1)
+        self.ask("taskd.cancel", 2)
+        self.ask("taskd.cancel", 3)
+        self.assertEqual(self.peer.gist, [(1, "cancelled"), True, (2, "cancelled"), True, False])
+        self.assertEqual(len(self.runner.sent_on), 1)
+
+    def test_lines_that_are_no_requests(self) -> None:
+        """Keep-alives and malformed lines are dealt with here as ever."""
+        self.session.pass_on()
+        self.session.receive(b"")
+        self.session.receive(b"\r")
+        self.assertEqual(self.peer.replies, [])
+        self.session.receive(b'{"function": 5, "id": 12}')
+        self.assertEqual((self.peer.gist, self.peer.hang_ups), ([(12, "malformed")], 1))
+        self.assertEqual(self.runner.sent_on, [])
+
+    def test_progress_is_sent(self) -> None:
+        """What a task reports that runs elsewhere goes to who asked."""
+        self.session.pass_on()
+        self.ask("later", "a", id=1, progress=True)
+        (call,) = self.runner.sent_on
+        assert call.send_progress is not None
+        call.send_progress(encode_progress("1", 1, 2, None))
+        self.assertEqual(self.peer.replies[0]["progress"]["done"], 1)
+
+    def test_draining_is_stronger(self) -> None:
+        """Once all stop nothing is sent on any more."""
+        self.ask("later", "a")
+        self.session.pass_on()
+        self.session.drain()
+        self.ask("later", "b", id=1)
+        self.assertEqual((self.peer.gist, self.runner.sent_on), ([(1, "shutting-down")], []))
+
+    def test_quiet(self) -> None:
+        """Each time that the last reply is owed no longer that is told, once it is passed on."""
+        self.ask("later", "a")
+        self.runner.finish("a")
+        self.ask("later", "b")
+        self.session.pass_on()
+        self.ask("later", "c")
+        self.assertEqual(self.peer.quiet, [])
+        self.runner.finish("b")
+        self.assertEqual(self.peer.quiet, [])
+        self.runner.sent_on[0].end(b"null\n")
+        self.assertEqual(self.peer.quiet, [False])
+        self.ask("later", "d")
+        self.runner.sent_on[1].end(b"null\n")
+        self.assertEqual(self.peer.quiet, [False, False])
+
+    def test_a_lost_peer_is_not_told(self) -> None:
+        """Nothing is told of a session whose peer is gone."""
+        self.ask("later", "a")
+        self.session.pass_on()
+        self.session.lost()
+        self.runner.finish("a")
+        self.assertEqual(self.peer.quiet, [])
+
+
+class CanMoveTests(SessionTestCase):
+    """Whether another process could take the conversation up."""
+
+    def test_nothing_is_here(self) -> None:
+        """A session that owes nothing can move, before its first request and between two."""
+        self.assertTrue(self.session.can_move)
+        self.ask("now", "a")
+        self.assertTrue(self.session.can_move)
+        self.ask("later", "b")
+        self.assertFalse(self.session.can_move)
+        self.runner.finish("b")
+        self.assertTrue(self.session.can_move)
+
+    def test_with_an_id(self) -> None:
+        """A call with an id keeps it here like one without."""
+        self.ask("later", "a", id=1)
+        self.assertFalse(self.session.can_move)
+
+    def test_once_it_ends(self) -> None:
+        """A session that was refused, has heard its peer's end, or is lost, stays where it is."""
+        for end in (
+            lambda session: session.receive(b"rubbish"),
+            lambda session: session.receive_end(False),
+            lambda session: session.receive_too_much(1024),
+            lambda session: session.turn_away(Overloaded("full")),
+            lambda session: session.lost(),
+        ):
+            session = Conversation().session
+            end(session)
+            self.assertFalse(session.can_move)
+
+
+class TurnAwayTests(SessionTestCase):
+    def test_a_peer_that_may_not_stay(self) -> None:
+        """A peer that is turned away is told why and hung up on, and its requests are not read."""
+        self.session.turn_away(Overloaded("too many connections", retry_after=1.0))
+        self.ask("now", "smuggled")
+        (reply,) = self.peer.replies
+        self.assertEqual(reply["error"]["code"], "overloaded")
+        self.assertEqual(reply["error"]["retry_after"], 1.0)
+        self.assertEqual(self.peer.hang_ups, 1)
+
+    def test_what_is_owed_is_paid(self) -> None:
+        """What is owed to it is paid first, and the answer waits for its turn."""
+        self.ask("later", "a")
+        self.session.turn_away(Overloaded("too many connections"))
+        self.assertEqual((self.peer.replies, self.peer.hang_ups), ([], 0))
+        self.runner.finish("a")
+        self.assertEqual((self.peer.gist, self.peer.hang_ups), (["a", "overloaded"], 1))
+
+    def test_once(self) -> None:
+        """A peer whose conversation ends already is not turned away as well."""
+        self.ask("later", "a")
+        self.session.receive(b"rubbish")
+        self.session.turn_away(Overloaded("too many connections"))
+        self.runner.finish("a")
+        self.assertEqual(self.peer.gist, ["a", "malformed"])
+
+
 class CancelTests(SessionTestCase):
     def test_cancel(self) -> None:
         """A cancelled call is answered so, its task is stopped, and the canceller is told."""
@@ -377,23 +668,22 @@ class RequestTests(SessionTestCase):
         self.ask(function, "a", **members)
         return self.runner.held["a"]
 
-    def test_no_limit(self) -> None:
-        """A call that nobody limits has no limit."""
-        self.assertIsNone(self.call("later").timeout)
+    def test_no_terms(self) -> None:
+        """A call that names no terms has none, whatever its function's own limit is."""
+        for function in ("later", "limited"):
+            self.assertIs(self.call(function).terms, NO_TERMS)
 
-    def test_the_callers_limit(self) -> None:
-        """A caller's limit is kept for a task that has none."""
-        self.assertEqual(self.call("later", timeout=5).timeout, 5)
+    def test_the_callers_terms(self) -> None:
+        """What a caller asks for is kept beside the function's own limit, whichever is shorter."""
+        call = self.call("limited", timeout=500, priority=-3, cancel_on_disconnect=True)
+        self.assertEqual(call.terms, Terms(500, False, -3, True))
+        self.assertEqual(call.function.timeout, 30)
+        self.assertEqual(self.call("limited", timeout=5).terms, Terms(timeout=5))
 
-    def test_the_shorter_limit_counts(self) -> None:
-        """Of the task's limit and the caller's the shorter one is kept."""
-        self.assertEqual(self.call("limited").timeout, 30)
-        self.assertEqual(self.call("limited", timeout=5).timeout, 5)
-        self.assertEqual(self.call("limited", timeout=500).timeout, 30)
-
-    def test_a_quick_function_with_a_limit_is_a_call(self) -> None:
-        """A function that could be answered at once is started as a call if it is limited."""
-        self.assertEqual(self.call("now", timeout=5).timeout, 5)
+    def test_a_quick_function_with_terms_is_a_call(self) -> None:
+        """A function that could be answered at once is started as a call if terms are named."""
+        self.assertEqual(self.call("now", timeout=5).terms, Terms(timeout=5))
+        self.assertEqual(self.call("now", priority=1).terms, Terms(priority=1))
 
     def test_progress_goes_to_who_asked(self) -> None:
         """Progress is written for a caller that asked for it."""

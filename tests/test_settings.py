@@ -11,12 +11,18 @@ from twisted.trial.unittest import SynchronousTestCase
 from taskd.errors import SettingsError
 from taskd.settings import SMTP_TLS, Settings, SmtpSettings
 
-BOUNDS: dict[str, tuple[str, int, int]] = {
+BOUNDS: dict[str, tuple[str, float, float]] = {
     "port": ("--port", 0, 65535),
     "procs": ("--procs", 1, 1000),
     "threads": ("--threads", 1, 100),
     "max_line_bytes": ("--max-line", 1024, 1024**3),
     "grace_seconds": ("--grace", 0, 86400),
+    "backlog": ("--backlog", 0, 1_000_000),
+    "max_in_flight": ("--max-in-flight", 1, 1_000_000),
+    "max_connections": ("--max-connections", 1, 10_000_000),
+    "first_line_seconds": ("--first-line-timeout", 0.1, 86400),
+    "idle_seconds": ("--idle-timeout", 0.1, 864000),
+    "max_tasks": ("--max-tasks", 1, 10**12),
 }
 
 
@@ -33,6 +39,11 @@ class SettingsTests(SynchronousTestCase):
         made = settings()
         self.assertEqual((made.interface, made.procs, made.threads), ("127.0.0.1", 1, 1))
         self.assertEqual((made.task_modules, made.smtp, made.debug), ((), None, False))
+        self.assertEqual((made.backlog, made.max_in_flight), (10_000, 1024))
+        self.assertEqual((made.first_line_seconds, made.idle_seconds), (30.0, None))
+        self.assertEqual(
+            (made.max_connections, made.max_tasks, made.max_rss_bytes), (None, None, None)
+        )
 
     def test_bounds(self) -> None:
         """Each number may reach its bounds."""
@@ -46,6 +57,19 @@ class SettingsTests(SynchronousTestCase):
             for value in (least - 1, most + 1, float("nan"), float("inf")):
                 error = self.assertRaises(SettingsError, settings, **{field: value})
                 self.assertIn(f"{option}: a number from {least} to {most}", str(error))
+
+    def test_the_bounds_of_memory(self) -> None:
+        """The limit of a worker's memory goes from a MiB to 2**30 of them, and is told in MiB."""
+        for value in (2**20, 2**50):
+            self.assertEqual(settings(max_rss_bytes=value).max_rss_bytes, value)
+        for value in (0, 2**20 - 1, 2**50 + 2**20):
+            error = self.assertRaises(SettingsError, settings, max_rss_bytes=value)
+            self.assertIn("--max-rss: a number from 1 to 1073741824, not", str(error))
+
+    def test_limits_that_may_be_absent(self) -> None:
+        """Where a limit may be absent, None is one that is."""
+        for field in ("max_connections", "idle_seconds", "max_tasks", "max_rss_bytes"):
+            self.assertIsNone(getattr(settings(**{field: None}), field))
 
     def test_task_modules(self) -> None:
         """Dotted names and paths of Python files can hold tasks."""
@@ -69,6 +93,15 @@ class SettingsTests(SynchronousTestCase):
         for made in (
             settings(),
             settings(task_modules=("a", "b.py"), preload=False, grace_seconds=0.5, smtp=smtp),
+            settings(
+                backlog=0,
+                max_in_flight=2,
+                max_connections=3,
+                first_line_seconds=0.5,
+                idle_seconds=4.5,
+                max_tasks=5,
+                max_rss_bytes=6 * 2**20,
+            ),
         ):
             again = Settings.from_json(json.loads(json.dumps(made.to_json())))
             self.assertEqual(again, made)

@@ -61,6 +61,13 @@ class DefaultTests(TapTestCase):
                 threads=1,
                 max_line_bytes=DEFAULT_MAX_LINE_BYTES,
                 grace_seconds=30.0,
+                backlog=10_000,
+                max_in_flight=1024,
+                max_connections=None,
+                first_line_seconds=30.0,
+                idle_seconds=None,
+                max_tasks=None,
+                max_rss_bytes=None,
                 debug=False,
                 smtp=None,
             ),
@@ -71,6 +78,9 @@ class DefaultTests(TapTestCase):
         settings = self.settings(
             *("--port", "0", "--interface", "::1", "--procs", "3", "--threads", "2"),
             *("--max-line", "2048", "--grace", "1.5", "--tasks", "mail"),
+            *("--backlog", "7", "--max-in-flight", "8", "--max-connections", "9"),
+            *("--first-line-timeout", "2.5", "--idle-timeout", "3.5"),
+            *("--max-tasks", "1000", "--max-rss", "1.5"),
             *("--smtp", "mx:25", "--no-preload", "--debug"),
         )
         self.assertEqual(
@@ -84,6 +94,13 @@ class DefaultTests(TapTestCase):
                 threads=2,
                 max_line_bytes=2048,
                 grace_seconds=1.5,
+                backlog=7,
+                max_in_flight=8,
+                max_connections=9,
+                first_line_seconds=2.5,
+                idle_seconds=3.5,
+                max_tasks=1000,
+                max_rss_bytes=3 * 2**19,
                 debug=True,
                 smtp=SmtpSettings(host="mx", port=25),
             ),
@@ -112,6 +129,13 @@ class RangeTests(TapTestCase):
             ("--threads", 1, 100, 1),
             ("--max-line", 1024, 1024**3, 1),
             ("--grace", 0, 86400, 0.5),
+            ("--backlog", 0, 1_000_000, 1),
+            ("--max-in-flight", 1, 1_000_000, 1),
+            ("--max-connections", 1, 10_000_000, 1),
+            ("--first-line-timeout", 0.1, 86400, 0.05),
+            ("--idle-timeout", 0.1, 864000, 0.05),
+            ("--max-tasks", 1, 10**12, 1),
+            ("--max-rss", 1, 2**30, 0.5),
         ):
             self.settings(option, str(least))
             self.settings(option, str(most))
@@ -122,8 +146,16 @@ class RangeTests(TapTestCase):
         """What is no number, or not a whole one where one is needed, is refused."""
         for args in (("--port", "http"), ("--procs", "1.5"), ("--grace", "soon")):
             self.assertIn(args[1], self.refused(*args))
-        for value in ("nan", "inf"):
-            self.assertIn("--grace", self.refused("--grace", value))
+        for args in (("--backlog", "1e3"), ("--max-tasks", "9.5"), ("--idle-timeout", "never")):
+            self.assertIn(args[1], self.refused(*args))
+        for option in ("--grace", "--first-line-timeout", "--idle-timeout", "--max-rss"):
+            for value in ("nan", "inf", "1e308"):
+                self.assertIn(option, self.refused(option, value))
+
+    def test_memory_is_told_in_mib(self) -> None:
+        """The limit of a worker's memory is told in MiB, and parts of one."""
+        self.assertEqual(self.settings("--max-rss", "512").max_rss_bytes, 512 * 1024 * 1024)
+        self.assertEqual(self.settings("--max-rss", "1.25").max_rss_bytes, 1280 * 1024)
 
     def test_unknown_options(self) -> None:
         """An option that does not exist, and an argument without an option, are refused."""
@@ -211,6 +243,19 @@ class SmtpTests(TapTestCase):
         refused = self.refused("--smtp", "mx:25", "--smtp-tls", "ssl")
         self.assertIn("--smtp-tls: one of none, starttls, tls", refused)
 
+    def test_protection_without_a_server(self) -> None:
+        """How mail is protected, and a login, are refused where no mail server is named."""
+        (self.directory / "login").write_text("me:secret")
+        for option, value in (("--smtp-tls", "tls"), ("--smtp-tls", "none")):
+            self.assertIn(f"{option} is of no use without --smtp", self.refused(option, value))
+        refused = self.refused("--smtp-login", "login")
+        self.assertIn("--smtp-login is of no use without --smtp", refused)
+
+    def test_a_login_in_the_environment_without_a_server(self) -> None:
+        """A login that is in the environment without a mail server is no error: nobody wrote it."""
+        options = self.parsed()
+        self.assertIsNone(settings_from(options, {"TASKD_SMTP_LOGIN": "me:secret"}).smtp)
+
     def test_a_login_from_a_file(self) -> None:
         """The login is read from a file, white space around it left out."""
         file = self.directory / "login"
@@ -233,6 +278,11 @@ class SmtpTests(TapTestCase):
             with self.assertRaises(SettingsError) as caught:
                 self.smtp(environ={"TASKD_SMTP_LOGIN": login})
             self.assertNotIn("secret", str(caught.exception))
+            self.assertTrue(str(caught.exception).startswith("TASKD_SMTP_LOGIN: "))
+        (self.directory / "colonless").write_text("secret")
+        refused = self.refused("--smtp", "mx:25", "--smtp-login", "colonless")
+        self.assertIn("--smtp-login colonless: the login", refused)
+        self.assertNotIn("secret", refused)
         (self.directory / "binary").write_bytes(b"\xff\xfe")
         for name in ("nowhere", "binary"):
             refused = self.refused("--smtp", "mx:25", "--smtp-login", name)

@@ -20,6 +20,9 @@ from taskd.errors import Malformed, NotJson, TaskFailed
 from taskd.wire import (
     ABSENT,
     MAX_DEPTH,
+    MAX_PRIORITY,
+    NO_TERMS,
+    Terms,
     decode,
     decode_reply,
     decode_request,
@@ -29,6 +32,9 @@ from taskd.wire import (
     encode_request,
     encode_result,
 )
+
+_REPORTED = Terms(wants_progress=True)
+_NEWER_MEMBERS = ("priority", "cancel_on_disconnect")
 
 many = settings(max_examples=150, deadline=None)
 some = settings(max_examples=50, deadline=None)
@@ -337,6 +343,11 @@ class DecodeTests(SynchronousTestCase):
                 error = self.assertRaises(Malformed, decode, deeper)
                 self.assertIn(f"deeper than {MAX_DEPTH}", error.message)
 
+    def test_an_integer_that_is_too_long(self) -> None:
+        """An integer beyond what Python reads is refused in words for its sender."""
+        error = self.assertRaises(Malformed, decode, b'{"a":%s}' % (b"9" * 4301))
+        self.assertEqual(error.message, "not JSON: an integer of more than 4300 digits")
+
     def test_breadth_is_not_nesting(self) -> None:
         """Thousands of brackets beside each other, or in a string, are no nesting."""
         for body in (b"[" + b",".join([b"[]"] * 5000) + b"]", b'"' + b"[{" * 5000 + b'"'):
@@ -507,12 +518,18 @@ class EncodeTests(SynchronousTestCase):
             lambda: encode_result("1", [half]),
             lambda: encode_result("1", {half: 1}),
             lambda: encode_result("1", {"a": [half]}),
-            lambda: encode_request((half, [], ABSENT, None, False)),
-            lambda: encode_request(("f", [half], ABSENT, None, False)),
-            lambda: encode_request(("f", {half: 1}, "1", None, False)),
+            lambda: encode_request((half, [], ABSENT, NO_TERMS)),
+            lambda: encode_request(("f", [half], ABSENT, NO_TERMS)),
+            lambda: encode_request(("f", {half: 1}, "1", NO_TERMS)),
             lambda: encode_progress("1", 1, None, half),
         ):
             self.assertIn("surrogate", str(self.assertRaises(NotJson, write)))
+
+    def test_what_is_no_number(self) -> None:
+        """What is no finite number is named in our own words."""
+        for value in (math.nan, math.inf, [-math.inf], {"a": [math.nan]}):
+            error = self.assertRaises(NotJson, encode, value)
+            self.assertEqual(str(error), "it holds NaN or Infinity")
 
     def test_the_limit_of_nesting(self) -> None:
         """What is written can be read: as deep as the reader goes, and no deeper."""
@@ -521,7 +538,7 @@ class EncodeTests(SynchronousTestCase):
             for _ in range(MAX_DEPTH - 2):
                 value = wrap(value)
             self.assertEqual(_depth(decode(encode_result("1", value)[:-1])), MAX_DEPTH)
-            line = encode_request(("f", value, ABSENT, None, False))
+            line = encode_request(("f", value, ABSENT, NO_TERMS))
             self.assertEqual(_depth(decode(line[:-1])), MAX_DEPTH)
             self.assertIn("nested", str(self.assertRaises(NotJson, encode, wrap(value))))
 
@@ -604,21 +621,46 @@ class RequestTests(SynchronousTestCase):
     def test_what_a_request_can_be(self) -> None:
         """Each member is optional but the function, and comes back as it was given."""
         for line, request in (
-            (b'{"function":"f"}', ("f", [], ABSENT, None, False)),
-            (b'{"function":""}', ("", [], ABSENT, None, False)),
-            (b'{"function":"f","args":[]}', ("f", [], ABSENT, None, False)),
-            (b'{"args": {}, "function": "f"}', ("f", {}, ABSENT, None, False)),
-            (b'{"function":"f","args":[1,"a"]}', ("f", [1, "a"], ABSENT, None, False)),
-            (b'{"function":"f","args":{"from":1}}', ("f", {"from": 1}, ABSENT, None, False)),
-            (b'{"function":"f","timeout":5}', ("f", [], ABSENT, 5, False)),
-            (b'{"function":"f","timeout":1e-3}', ("f", [], ABSENT, 0.001, False)),
-            (b'{"function":"f","id":1,"progress":true}', ("f", [], "1", None, True)),
-            (b'{"function":"f","id":"","progress":true}', ("f", [], '""', None, True)),
-            (b'{"function":"f","id":null,"progress":true}', ("f", [], "null", None, True)),
-            (b'{"function":"f","progress":false}', ("f", [], ABSENT, None, False)),
-            (b'{"function":"f"}\r', ("f", [], ABSENT, None, False)),
+            (b'{"function":"f"}', ("f", [], ABSENT, NO_TERMS)),
+            (b'{"function":""}', ("", [], ABSENT, NO_TERMS)),
+            (b'{"function":"f","args":[]}', ("f", [], ABSENT, NO_TERMS)),
+            (b'{"args": {}, "function": "f"}', ("f", {}, ABSENT, NO_TERMS)),
+            (b'{"function":"f","args":[1,"a"]}', ("f", [1, "a"], ABSENT, NO_TERMS)),
+            (b'{"function":"f","args":{"from":1}}', ("f", {"from": 1}, ABSENT, NO_TERMS)),
+            (b'{"function":"f","timeout":5}', ("f", [], ABSENT, Terms(timeout=5))),
+            (b'{"function":"f","timeout":1e-3}', ("f", [], ABSENT, Terms(timeout=0.001))),
+            (b'{"function":"f","id":1,"progress":true}', ("f", [], "1", _REPORTED)),
+            (b'{"function":"f","id":"","progress":true}', ("f", [], '""', _REPORTED)),
+            (b'{"function":"f","id":null,"progress":true}', ("f", [], "null", _REPORTED)),
+            (b'{"function":"f","priority":-7}', ("f", [], ABSENT, Terms(priority=-7))),
+            (
+                b'{"function":"f","cancel_on_disconnect":true}',
+                ("f", [], ABSENT, Terms(ends_with_caller=True)),
+            ),
+            (
+                b'{"priority":3,"cancel_on_disconnect":true,"timeout":0.5,"progress":true,'
+                b'"id":1,"function":"f"}',
+                ("f", [], "1", Terms(0.5, True, 3, True)),
+            ),
+            (b'{"function":"f"}\r', ("f", [], ABSENT, NO_TERMS)),
         ):
             self.assertEqual(repr(decode_request(line)), repr(request))
+
+    def test_terms_that_say_nothing(self) -> None:
+        """A request whose terms are those of one without any is told by identity."""
+        for members in (
+            *("", ',"args":[]', ',"timeout":null', ',"progress":false', ',"priority":0'),
+            *(',"priority":-0', ',"cancel_on_disconnect":false'),
+            ',"timeout":null,"progress":false,"priority":0,"cancel_on_disconnect":false',
+        ):
+            terms = decode_request(f'{{"function":"f"{members}}}'.encode())[3]
+            self.assertIs(terms, NO_TERMS, members)
+
+    def test_the_bounds_of_priorities(self) -> None:
+        """A priority may reach its bounds on both sides, and comes back exactly."""
+        for priority in (-MAX_PRIORITY, -1, 1, MAX_PRIORITY):
+            line = f'{{"function":"f","priority":{priority}}}'.encode()
+            self.assertEqual(decode_request(line)[3], Terms(priority=priority))
 
     def test_what_is_no_request(self) -> None:
         """What is not a request is refused with the reason, and with its id where it had one."""
@@ -644,6 +686,16 @@ class RequestTests(SynchronousTestCase):
             ('"function":"f","progress":1', '"progress" must be'),
             ('"function":"f","progress":"yes"', '"progress" must be'),
             ('"function":"f","progress":null', '"progress" must be'),
+            ('"function":"f","priority":1.0', '"priority" must be'),
+            ('"function":"f","priority":true', '"priority" must be'),
+            ('"function":"f","priority":false', '"priority" must be'),
+            ('"function":"f","priority":"1"', '"priority" must be'),
+            ('"function":"f","priority":null', '"priority" must be'),
+            (f'"function":"f","priority":{MAX_PRIORITY + 1}', '"priority" must be'),
+            (f'"function":"f","priority":-{MAX_PRIORITY + 1}', '"priority" must be'),
+            ('"function":"f","cancel_on_disconnect":1', '"cancel_on_disconnect" must be'),
+            ('"function":"f","cancel_on_disconnect":null', '"cancel_on_disconnect" must be'),
+            ('"function":"f","cancel_on_disconnect":"no"', '"cancel_on_disconnect" must be'),
         ):
             for text, id_json in (
                 (f"{{{members}}}", ABSENT),
@@ -681,12 +733,15 @@ class RequestTests(SynchronousTestCase):
     @given(line=st.binary(max_size=60))
     def test_random_bytes(self, line: bytes) -> None:
         """Random bytes are a request or malformed, and nothing else happens."""
-        self.assertIn(len(self._read_or_refuse(line)), (0, 5))
+        self.assertIn(len(self._read_or_refuse(line)), (0, 4))
 
     @many
     @given(
         members=st.dictionaries(
-            st.sampled_from(["function", "args", "id", "timeout", "progress", "other"]), PLAIN
+            st.sampled_from(
+                [*("function", "args", "id", "timeout", "progress", "other"), *_NEWER_MEMBERS]
+            ),
+            PLAIN,
         ),
         form=st.sampled_from(FORMATS),
     )
@@ -694,12 +749,14 @@ class RequestTests(SynchronousTestCase):
         """Members of random types are a request or malformed, and what is read is of its type."""
         request = self._read_or_refuse(json.dumps(members, **form).encode())
         if request:
-            function, args, id_json, timeout, wants_progress = request
+            function, args, id_json, terms = request
             self.assertEqual(function, members["function"])
             self.assertEqual(repr(args), repr(members.get("args", [])))
             self.assertEqual("id" in members, id_json != ABSENT)
-            self.assertEqual(repr(timeout), repr(members.get("timeout")))
-            self.assertIs(wants_progress, members.get("progress", False))
+            self.assertEqual(repr(terms.timeout), repr(members.get("timeout")))
+            self.assertIs(terms.wants_progress, members.get("progress", False))
+            self.assertEqual(repr(terms.priority), repr(members.get("priority", 0)))
+            self.assertIs(terms.ends_with_caller, members.get("cancel_on_disconnect", False))
 
     def _read_or_refuse(self, line: bytes) -> tuple[Any, ...]:
         try:
@@ -712,17 +769,25 @@ class RequestTests(SynchronousTestCase):
         function=st.text(max_size=8),
         args=st.lists(PLAIN, max_size=4) | OBJECTS,
         id_json=st.just(ABSENT) | PLAIN.map(encode),
-        timeout=st.none() | st.floats(1e-6, 1e6) | st.integers(1, 10**6),
-        wants_progress=st.booleans(),
+        terms=st.just(NO_TERMS)
+        | st.builds(
+            Terms,
+            timeout=st.none() | st.floats(1e-6, 1e6) | st.integers(1, 10**6),
+            wants_progress=st.booleans(),
+            priority=st.integers(-3, 3) | st.integers(-MAX_PRIORITY, MAX_PRIORITY),
+            ends_with_caller=st.booleans(),
+        ),
     )
-    def test_round_trip(
-        self, function: str, args: Any, id_json: str, timeout: float | None, wants_progress: bool
-    ) -> None:
-        """What a client writes is what the server reads."""
-        request = (function, args, id_json, timeout, wants_progress and id_json != ABSENT)
+    def test_round_trip(self, function: str, args: Any, id_json: str, terms: Terms) -> None:
+        """What a client writes is what the server reads, and no terms are read as none."""
+        if id_json == ABSENT:
+            terms = terms._replace(wants_progress=False)
+        request = (function, args, id_json, terms)
         line = encode_request(request)
         self.assertEqual(line.index(b"\n"), len(line) - 1)
-        self.assertEqual(repr(decode_request(line[:-1])), repr(request))
+        again = decode_request(line[:-1])
+        self.assertEqual(repr(again), repr(request))
+        self.assertIs(again[3] is NO_TERMS, terms == NO_TERMS)
 
     def test_arguments_that_cannot_be_sent(self) -> None:
         """A client is told which argument JSON cannot carry."""
@@ -732,7 +797,7 @@ class RequestTests(SynchronousTestCase):
             ({1: 2}, "the key 1"),
             ([math.nan], "NaN"),
         ):
-            request = ("f", args, "1", None, False)
+            request = ("f", args, "1", NO_TERMS)
             error = self.assertRaises(NotJson, encode_request, request)
             self.assertIn(words, str(error))
 

@@ -56,6 +56,8 @@ _LAST_WORDS_LENGTH: Final = 4000
 _LOG_FILE: Final = "twistd.log"
 _PID_FILE: Final = "twistd.pid"
 _MARK: Final = "TASKD_TEST_MARK"
+_PROCS_PER_CORE: Final = 10
+_SERVING: Final = ("idle", "busy")
 
 _T = TypeVar("_T")
 
@@ -170,7 +172,7 @@ class Connection:
         self._socket.sendall(data.encode() if isinstance(data, str) else data)
 
     def request(self, function: str, args: Any = (), **members: Any) -> None:
-        """Send one request; *members* are ``id``, ``timeout``, ``progress``."""
+        """Send one request; *members* are ``id``, ``timeout``, ``priority`` and so on."""
         self.send(json.dumps({"function": function, "args": args, **members}) + "\n")
 
     def line(self) -> bytes:
@@ -242,7 +244,7 @@ class Daemon:
 
     Args:
         options: Further words for ``twistd taskd``.
-        procs: How many workers; None leaves it to the daemon.
+        procs: How many workers; None leaves it to the daemon, which takes ten a core.
         port: Where it listens; 0 lets the kernel choose.
         host: Where callers find it.
         tasks: Task modules; None leaves out the option.
@@ -254,6 +256,7 @@ class Daemon:
     Attributes:
         directory: Where it runs.
         process: The twistd process, once it has been started.
+        procs: How many workers a whole pool has.
         port: Where it really listens, once it is ready.
     """
 
@@ -271,6 +274,7 @@ class Daemon:
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="taskd-test-"))
         self.port = port
+        self.procs = _PROCS_PER_CORE * (os.cpu_count() or 1) if procs is None else procs
         self.process: subprocess.Popen[bytes] | None = None
         self._host = host
         self._is_in_background = in_background
@@ -359,20 +363,41 @@ class Daemon:
 
     def wait_until_whole(self, seconds: float = WAIT_SECONDS) -> dict[int, int]:
         """
-        Wait until every worker is ready.
+        Wait until as many workers serve as the daemon is to have.
 
         Returns:
-            The workers' pids, by their numbers.
+            Their pids, by their numbers. One that has taken another's place may
+            have a number above that of the whole pool's size.
         """
         return wait_until(self._workers_if_whole, seconds, what="a whole pool")
 
     def _workers_if_whole(self) -> dict[int, int]:
         try:
-            workers = self.status()["workers"]
+            serving = self.serving()
         except EOFError:
             return {}
-        is_whole = all(worker["state"] in ("idle", "busy") for worker in workers)
-        return {worker["worker"]: worker["pid"] for worker in workers} if is_whole else {}
+        return serving if len(serving) == self.procs else {}
+
+    def wait_until_settled(self, seconds: float = WAIT_SECONDS) -> dict[int, int]:
+        """
+        Wait until the pool is whole, and nobody starts or drains beside it.
+
+        Returns:
+            The workers' pids, by their numbers.
+        """
+        return wait_until(self._workers_if_settled, seconds, what="a settled pool")
+
+    def _workers_if_settled(self) -> dict[int, int]:
+        whole = self._workers_if_whole()
+        return whole if whole and len(self.workers()) == self.procs else {}
+
+    def wait_until_new(self, before: dict[int, int], seconds: float = WAIT_SECONDS) -> None:
+        """Wait until the pool is whole, and holds none of the workers that were there before."""
+        wait_until(lambda: self._is_new(before), seconds, what="a new pool")
+
+    def _is_new(self, before: dict[int, int]) -> bool:
+        whole = self._workers_if_whole()
+        return bool(whole) and not set(whole.values()) & set(before.values())
 
     def wait_until_gone(self, seconds: float = WAIT_SECONDS) -> None:
         """Wait until no process is left of it."""
@@ -458,6 +483,24 @@ class Daemon:
         """Give the workers' pids, by their numbers, as the scoreboard has them now."""
         return {worker["worker"]: worker["pid"] for worker in self.status()["workers"]}
 
+    def serving(self) -> dict[int, int]:
+        """Give the pids of the workers that take tasks, by their numbers."""
+        return {
+            worker["worker"]: worker["pid"]
+            for worker in self.status()["workers"]
+            if worker["state"] in _SERVING
+        }
+
+    def restarts(self) -> dict[str, int]:
+        """Give how many workers were replaced, by cause, without the causes that were not."""
+        restarts = self.status()["totals"]["restarts"]
+        return {cause: count for cause, count in restarts.items() if count}
+
+    def settled_restarts(self) -> dict[str, int]:
+        """Wait until the pool is settled, then as ``restarts``."""
+        self.wait_until_settled()
+        return self.restarts()
+
     def processes(self) -> list[Process]:
         """Give every live process that this daemon consists of or has started."""
         mark = f"{_MARK}={self._mark}".encode()
@@ -515,7 +558,7 @@ class Daemon:
 
     def connect_to_each(self) -> dict[int, Connection]:
         """Open connections until there is one to each worker, and give them by number."""
-        procs = len(self.status()["workers"])
+        procs = self.procs
         found: dict[int, Connection] = {}
         others: list[Connection] = []
         for _ in range(_BURSTS):
@@ -554,6 +597,8 @@ def shared_daemon(*options: str, procs: int = 1) -> Daemon:
     if key not in _shared:
         stop_shared_daemons()
         _shared[key] = Daemon(*options, procs=procs).start()
+    # A test may have had a worker replaced.
+    _shared[key].wait_until_settled()
     return _shared[key]
 
 

@@ -177,6 +177,51 @@ def sleep(seconds: float) -> float:
     return seconds
 
 
+# Those that meet.
+
+
+@task
+def meet(directory: str, name: str, count: int) -> int:
+    """Wait until so many have come, and tell in which process."""
+    Path(directory, name).touch()
+    deadline = time.monotonic() + LONGEST_HOLD_SECONDS
+    while len(os.listdir(directory)) < count:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"only {os.listdir(directory)} have come")
+        time.sleep(0.005)
+    return os.getpid()
+
+
+@task
+async def meet_on_reactor(directory: str, name: str, count: int) -> int:
+    """Wait until so many have come, and tell in which process."""
+    from twisted.internet import reactor
+    from twisted.internet.task import deferLater
+
+    Path(directory, name).touch()
+    while len(os.listdir(directory)) < count:
+        await deferLater(reactor, 0.005)
+    return os.getpid()
+
+
+@task
+def pid_of_blocking() -> int:
+    """Tell which worker runs a blocking task."""
+    return os.getpid()
+
+
+@task
+async def pid_of_async() -> int:
+    """Tell which worker runs a coroutine."""
+    return os.getpid()
+
+
+@task(blocking=False)
+def pid_at_once() -> int:
+    """Tell which worker runs what does not block."""
+    return os.getpid()
+
+
 # Those that report.
 
 
@@ -195,6 +240,34 @@ def count(steps: int) -> int:
     for step in range(1, steps + 1):
         progress(step, steps)
     return steps
+
+
+@task
+def climb(path: str, steps: int) -> int:
+    """Report each step from a thread, wait for its file, and tell in which process."""
+    for step in range(1, steps + 1):
+        progress(step, steps, f"step {step}")
+        hold(f"{path}.{step}")
+    return os.getpid()
+
+
+@task
+def record(path: str, word: str, seconds: float = 0.0) -> str:
+    """Add a line to a file, in one piece, and give its word back."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(fd, f"{word}\n".encode())
+    os.close(fd)
+    time.sleep(seconds)
+    return word
+
+
+@task
+def hold_and_say(path: str) -> str:
+    """Block until a file is there, and print."""
+    hold(path)
+    for stream in (sys.stdout, sys.stderr):
+        print("it is there", file=stream, flush=True)
+    return "said"
 
 
 @task
@@ -302,6 +375,31 @@ async def die_on_reactor(status: int) -> None:
 def segfault() -> None:
     """Read at address 0."""
     ctypes.string_at(0)
+
+
+@task
+def hold_lock(path: str) -> None:
+    """Block for ever in C, without letting go of Python's lock, so that nothing runs here."""
+    Path(path + ".begun").touch()
+    lock, mutex = ctypes.PyDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    lock(mutex)
+    lock(mutex)  # no signal interrupts this, as it would a sleep
+
+
+@task
+async def hold_up_reactor(path: str) -> None:
+    """Block the reactor, as no coroutine should."""
+    hold(path)
+
+
+_kept: list[bytearray] = []
+
+
+@task
+def grow(mebibytes: int) -> int:
+    """Keep memory for good, and tell in which process."""
+    _kept.append(bytearray(b"x") * (mebibytes * 2**20))
+    return os.getpid()
 
 
 @task

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
-from twisted.trial.unittest import SynchronousTestCase
-
+from tests.integration.case import DaemonTestCase, lines_of, number_of_fds
 from tests.integration.daemon import (
     Connection,
     Daemon,
     Process,
     children_of,
-    touch_if_possible,
     wait_until,
 )
 
@@ -33,46 +29,15 @@ OLD_SECONDS = 1.1
 FORGOTTEN_FDS = 3
 
 
-class DeathsTestCase(SynchronousTestCase):
-    """Base of tests that have a daemon to themselves."""
-
-    def start(self, *options: str, procs: int = 2, port: int = 0, age: float = 0.0) -> Daemon:
-        daemon = Daemon(*options, procs=procs, port=port)
-        self.addCleanup(daemon.stop)
-        daemon.start()
-        wait_until(lambda: all(w["uptime"] > age for w in daemon.status()["workers"]), what="age")
-        return daemon
-
-    def connect(self, daemon: Daemon) -> Connection:
-        connection = daemon.connect()
-        self.addCleanup(connection.close)
-        return connection
-
-    def connect_to_each(self, daemon: Daemon) -> dict[int, Connection]:
-        connections = daemon.connect_to_each()
-        for connection in connections.values():
-            self.addCleanup(connection.close)
-        return connections
-
-    def path(self, daemon: Daemon) -> str:
-        """Name a file that is not there; at the end it is, so that no task holds for it."""
-        path = daemon.directory / uuid.uuid4().hex
-        self.addCleanup(touch_if_possible, path)
-        return str(path)
-
-    def begin(self, daemon: Daemon, connection: Connection, function: str, **members: Any) -> str:
-        """Start a task that leaves a note when it has begun, and wait for that."""
-        path = self.path(daemon)
-        connection.request(function, [path], **members)
-        wait_until(lambda: os.path.exists(path + ".begun"), what="the task's begin")
-        return path
+class DeathsTestCase(DaemonTestCase):
+    """Base of tests in which processes end."""
 
     def wait_until_replaced(
         self, daemon: Daemon, before: dict[int, int], number: int
     ) -> dict[int, int]:
         """Wait until a worker has a successor; all others must be the same."""
         after = wait_until(
-            lambda: self.workers_if_new(daemon, before[number], number),
+            lambda: self.workers_if_without(daemon, before[number]),
             REPLACED_SECONDS,
             what="another worker",
         )
@@ -80,37 +45,15 @@ class DeathsTestCase(SynchronousTestCase):
         self.assertEqual({n: pid for n, pid in after.items() if n != number}, others)
         return after
 
-    def wait_until_new(self, daemon: Daemon, before: dict[int, int]) -> None:
-        """Wait until all workers have successors."""
-        deadline = time.monotonic() + REPLACED_SECONDS
-        wait_until(
-            lambda: (
-                not set(daemon.wait_until_whole(max(0.0, deadline - time.monotonic())).values())
-                & set(before.values())
-            ),
-            REPLACED_SECONDS,
-            what="a new pool",
-        )
-
-    def workers_if_new(self, daemon: Daemon, pid: int, number: int) -> dict[int, int]:
-        try:
-            worker = daemon.status()["workers"][number - 1]
-        except EOFError:
-            return {}
-        is_new = worker["pid"] not in (None, pid) and worker["state"] in ("idle", "busy")
-        return daemon.workers() if is_new else {}
-
-    def assert_port_is_free(self, daemon: Daemon) -> None:
-        with socket.socket() as again:
-            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            again.bind(("127.0.0.1", daemon.port))
-            again.listen()
+    def workers_if_without(self, daemon: Daemon, pid: int) -> dict[int, int]:
+        workers = daemon.wait_until_whole()
+        return {} if pid in workers.values() else workers
 
 
 class WorkerDeathTests(DeathsTestCase):
     def test_killed_worker(self) -> None:
         """A killed worker's caller gets EOF, all others are served, and it is replaced."""
-        daemon = self.start(age=OLD_SECONDS)
+        daemon = self.start()
         before = daemon.workers()
         connections = self.connect_to_each(daemon)
         path = self.begin(daemon, connections[1], "hold", id=1)
@@ -118,9 +61,7 @@ class WorkerDeathTests(DeathsTestCase):
         self.assertTrue(connections[1].is_hung_up())
         self.assertEqual(connections[2].ask("add", [1, 2]), 3)
         self.wait_until_replaced(daemon, before, 1)
-        status = daemon.status()
-        self.assertEqual([worker["restarts"] for worker in status["workers"]], [1, 0])
-        self.assertEqual(status["totals"]["restarts"], 1)
+        self.assertEqual(daemon.restarts(), {"died": 1})
         self.assertFalse(os.path.exists(path + ".ended"))
         self.assertIn(f"worker 1 (pid {before[1]}) was killed by SIGKILL", daemon.log)
         for connection in self.connect_to_each(daemon).values():
@@ -128,7 +69,7 @@ class WorkerDeathTests(DeathsTestCase):
 
     def test_killed_worker_is_reaped(self) -> None:
         """Nothing of a killed worker is left, not even a zombie."""
-        daemon = self.start(age=OLD_SECONDS)
+        daemon = self.start()
         before = daemon.workers()
         daemon.kill(before[2])
         self.wait_until_replaced(daemon, before, 2)
@@ -147,14 +88,14 @@ class WorkerDeathTests(DeathsTestCase):
         before = daemon.workers()
         for pid in before.values():
             daemon.kill(pid)
-        self.wait_until_new(daemon, before)
+        daemon.wait_until_new(before)
         self.assertEqual(daemon.ask("add", [1, 2]), 3)
-        self.assertEqual(daemon.status()["totals"]["restarts"], 8)
+        self.assertEqual(daemon.restarts(), {"died": 8})
 
     def test_tasks_that_end_the_worker(self) -> None:
         """The caller of a task that kills its worker gets EOF at once; the pool is made whole."""
-        daemon = self.start(age=OLD_SECONDS)
-        # Their workers are young by then, but it is the tasks that they die of.
+        daemon = self.start()
+        # Their workers are young, but it is the tasks that they die of.
         for function, args in (
             ("die", [0]),
             ("die", [7]),
@@ -167,7 +108,7 @@ class WorkerDeathTests(DeathsTestCase):
             caller.request(function, args, id=1)
             self.assertTrue(caller.is_hung_up())
             self.wait_until_replaced(daemon, before, number)
-        self.assertEqual(daemon.status()["totals"]["restarts"], 4)
+        self.assertEqual(daemon.restarts(), {"died": 4})
         self.assertIn("exited with status 7", daemon.log)
         self.assertIn("SIGSEGV", daemon.log)
 
@@ -201,11 +142,11 @@ class WorkerDeathTests(DeathsTestCase):
         broken.touch()
         daemon.kill(daemon.workers()[1])
         wait_until(
-            lambda: "worker 1 died at its start; next try in 0.8 s" in daemon.log,
+            lambda: "worker 1 died within 1 s of its start; next try in 0.8 s" in daemon.log,
             what="the fourth death",
         )
         self.assertIn("it is broken now", daemon.log)
-        self.assertLess(daemon.log.count("died at its start"), 6)
+        self.assertLess(daemon.log.count("of its start; next try"), 6)
         broken.unlink()
         daemon.wait_until_whole()
 
@@ -236,14 +177,144 @@ class WorkerDeathTests(DeathsTestCase):
             )
 
 
-def number_of_fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+class HandedOverTests(DeathsTestCase):
+    """Workers that die while a task is with two of them."""
+
+    def hold_at_first(self, daemon: Daemon) -> tuple[dict[int, Connection], str]:
+        """Have the first of two workers hold a task, so that it hands over what comes."""
+        callers = self.connect_to_each(daemon)
+        return callers, self.begin(daemon, callers[1], "hold", id="here")
+
+    def test_killed_runner(self) -> None:
+        """The caller of a task whose worker is killed is told; its own worker goes on."""
+        daemon = self.start()
+        before = daemon.workers()
+        callers, here = self.hold_at_first(daemon)
+        there = self.begin(daemon, callers[1], "hold", id="there")
+        daemon.kill(before[2])
+        reply = callers[1].reply()
+        self.assertEqual(reply["id"], "there")
+        error = self.assert_error(reply, "worker-lost")
+        self.assertTrue(error["retryable"])
+        self.assertTrue(callers[2].is_hung_up())
+        self.assertEqual(callers[1].ask("taskd.ping", id=1), {"id": 1, "result": "pong"})
+        self.wait_until_replaced(daemon, before, 2)
+        self.assertEqual(callers[1].ask("add", [1, 2], id=1), {"id": 1, "result": 3})
+        Path(here).touch()
+        self.assertEqual(callers[1].reply(), {"id": "here", "result": "released"})
+        self.assertFalse(self.has_ended(there))
+        self.assertEqual(daemon.restarts(), {"died": 1})
+
+    def test_tasks_that_end_their_worker(self) -> None:
+        """The caller of a task that kills another worker is told, and keeps its connection."""
+        daemon = self.start()
+        callers, here = self.hold_at_first(daemon)
+        for count, (function, args) in enumerate((("die", [0]), ("die", [7]), ("segfault", [])), 1):
+            self.assert_error(callers[1].ask(function, args, id=count), "worker-lost")
+            wait_until(
+                lambda count=count: daemon.restarts() == {"died": count}, what="the count of deaths"
+            )
+            daemon.wait_until_whole()
+        Path(here).touch()
+        self.assertEqual(callers[1].reply(), {"id": "here", "result": "released"})
+        self.assertIn("exited with status 7", daemon.log)
+        self.assertIn("SIGSEGV", daemon.log)
+
+    def test_killed_origin_of_waiting(self) -> None:
+        """When their caller's worker is killed, tasks that wait are run once, if at all wanted."""
+        daemon = self.start()
+        before = daemon.workers()
+        callers, _ = self.hold_at_first(daemon)
+        other = self.begin(daemon, callers[2], "hold", id="other")
+        notes = self.path(daemon)
+        for number in range(6):
+            callers[1].request(
+                "record", [notes, str(number)], id=number, cancel_on_disconnect=number % 2 == 0
+            )
+        self.wait_for_waiting(daemon, 6)
+        daemon.kill(before[1])
+        self.assertTrue(callers[1].is_hung_up())
+        # The successor runs them, since the other worker still holds.
+        wait_until(lambda: len(lines_of(notes)) == 3, what="the tasks that are wanted")
+        self.wait_for_waiting(daemon, 0)
+        Path(other).touch()
+        self.assertEqual(callers[2].reply(), {"id": "other", "result": "released"})
+        self.assertEqual(callers[2].ask("add", [1, 2]), 3)
+        self.assertEqual(lines_of(notes), ["1", "3", "5"])
+
+    def test_killed_origin_of_running(self) -> None:
+        """When its caller's worker is killed, a task that runs elsewhere goes on, if wanted."""
+        for is_bound in (False, True):
+            daemon = self.start()
+            before = daemon.workers()
+            callers, _ = self.hold_at_first(daemon)
+            there = self.begin(
+                daemon, callers[1], "hold", id="there", cancel_on_disconnect=is_bound
+            )
+            daemon.kill(before[1])
+            self.assertTrue(callers[1].is_hung_up())
+            if is_bound:
+                wait_until(
+                    lambda: daemon.restarts() == {"died": 1, "time_limit": 1},  # noqa: B023
+                    what="the end of both workers",
+                )
+                daemon.wait_until_new(before)
+                self.wait_for_end_of(before[2])
+                self.assertFalse(self.has_ended(there))
+            else:
+                self.wait_until_replaced(daemon, before, 1)
+                Path(there).touch()
+                wait_until(lambda: self.has_ended(there), what="the task's end")  # noqa: B023
+                self.assertEqual(daemon.settled_restarts(), {"died": 1})
+            self.assertEqual(callers[2].ask("add", [1, 2]), 3)
+            for caller in callers.values():
+                caller.close()
+            daemon.stop()
+
+    def test_killed_zygote(self) -> None:
+        """Without the zygote tasks are handed over as before."""
+        daemon = self.start()
+        before, zygote = daemon.workers(), daemon.zygote
+        callers, here = self.hold_at_first(daemon)
+        there = self.begin(daemon, callers[1], "hold", id="there")
+        daemon.kill(zygote)
+        self.wait_for_end_of(zygote)
+        callers[1].request("add", [1, 2], id="waits")
+        self.wait_for_waiting(daemon, 1)
+        Path(there).touch()
+        replies = callers[1].replies_by_id(2)
+        self.assertEqual(replies["there"]["result"], "released")
+        self.assertEqual(replies["waits"]["result"], 3)
+        Path(here).touch()
+        self.assertEqual(callers[1].reply(), {"id": "here", "result": "released"})
+        self.assertEqual(daemon.wait_until_settled(), before)
+
+    def test_killed_supervisor(self) -> None:
+        """When the supervisor is killed every caller of a task on its way is told."""
+        daemon = self.start("--grace", "1")
+        callers, here = self.hold_at_first(daemon)
+        self.begin(daemon, callers[1], "hold", id="there")
+        for number in range(20):
+            callers[1 + number % 2].request("add", [number, 1], id=number)
+        self.wait_for_waiting(daemon, 20)
+        daemon.kill(daemon.pid)
+        # What is not here is lost with the supervisor; what runs here has its grace.
+        replies = callers[1].replies_by_id(11)
+        self.assertEqual(set(replies), {"there", *range(0, 20, 2)})
+        for reply in (*replies.values(), *callers[2].replies_by_id(10).values()):
+            self.assert_error(reply, "worker-lost")
+        Path(here).touch()
+        rest = callers[1].rest()
+        self.assertIn(b'{"id":"here",', rest)
+        self.assertEqual(callers[2].rest(), b"")
+        daemon.wait_until_gone(GONE_SECONDS)
+        self.assert_port_is_free(daemon)
 
 
 class ZygoteDeathTests(DeathsTestCase):
     def test_killed_zygote(self) -> None:
         """Without their zygote the same workers serve on, and a new one forks the next."""
-        daemon = self.start(age=OLD_SECONDS)
+        daemon = self.start()
         zygote = daemon.zygote
         before = daemon.workers()
         connections = self.connect_to_each(daemon)
@@ -271,7 +342,7 @@ class ZygoteDeathTests(DeathsTestCase):
 
     def test_zygote_and_worker(self) -> None:
         """A worker that dies together with its zygote is replaced by the next zygote."""
-        daemon = self.start(age=OLD_SECONDS)
+        daemon = self.start()
         zygote, before = daemon.zygote, daemon.workers()
         daemon.kill(zygote)
         daemon.kill(before[2])
@@ -284,19 +355,19 @@ class ZygoteDeathTests(DeathsTestCase):
         zygote, before = daemon.zygote, daemon.workers()
         for pid in (zygote, *before.values()):
             daemon.kill(pid)
-        self.wait_until_new(daemon, before)
+        daemon.wait_until_new(before)
         self.assertEqual(daemon.ask("add", [1, 2]), 3)
 
     def test_zygote_that_hung(self) -> None:
         """Workers that died unreaped, because their zygote hung, are replaced when it is killed."""
-        daemon = self.start(age=OLD_SECONDS)
+        daemon = self.start()
         zygote, before = daemon.zygote, daemon.workers()
         daemon.signal(signal.SIGSTOP, zygote)
         for pid in before.values():
             daemon.kill(pid)
             wait_until(lambda pid=pid: self.is_zombie(pid), what="a zombie")
         daemon.kill(zygote)
-        self.wait_until_new(daemon, before)
+        daemon.wait_until_new(before)
         for pid in before.values():
             wait_until(lambda pid=pid: Process.read(pid) is None, what="the end of a process")
 
@@ -306,7 +377,7 @@ class ZygoteDeathTests(DeathsTestCase):
 
     def test_stop_after_it(self) -> None:
         """A daemon whose first zygote was killed stops in order, the old workers included."""
-        daemon = self.start(age=OLD_SECONDS)
+        daemon = self.start()
         zygote = daemon.zygote
         daemon.kill(zygote)
         wait_until(lambda: self.other_zygote(daemon, zygote), what="another zygote")
@@ -346,6 +417,19 @@ class SupervisorDeathTests(DeathsTestCase):
         wait_until(lambda: len(daemon.processes()) == 2, what="the end of all that is idle")
         Path(path).touch()
         self.assertEqual(caller.reply(), {"id": 1, "result": "released"})
+        caller.close()
+        daemon.wait_until_gone(GONE_SECONDS)
+
+    def test_killed_supervisor_of_task_that_prints(self) -> None:
+        """A task that prints, to nobody, when the supervisor has died is still answered."""
+        daemon = self.start("--grace", "10")
+        caller = self.connect(daemon)
+        path = self.begin(daemon, caller, "hold_and_say", id=1)
+        daemon.kill(daemon.pid)
+        daemon.wait_for_exit()
+        wait_until(lambda: len(daemon.processes()) == 2, what="the end of all that is idle")
+        Path(path).touch()
+        self.assertEqual(caller.reply(), {"id": 1, "result": "said"})
         caller.close()
         daemon.wait_until_gone(GONE_SECONDS)
 
@@ -498,19 +582,22 @@ class StopTests(DeathsTestCase):
         daemon.wait_until_gone(GONE_SECONDS)
 
     def test_stop_twice(self) -> None:
-        """A second SIGTERM while the last tasks run changes nothing."""
-        daemon = self.start()
-        caller = self.connect(daemon)
-        path = self.begin(daemon, caller, "hold", id=1)
-        for count in (1, 2):
+        """A second SIGTERM or SIGINT ends what runs at once, however long the grace."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            daemon = self.start("--grace", "3600")
+            connections = self.connect_to_each(daemon)
+            path = self.begin(daemon, connections[1], "hold", id=1)
+            self.begin(daemon, connections[2], "hold_on_reactor", id=1)
             daemon.signal(signal.SIGTERM)
-            wait_until(
-                lambda count=count: daemon.log.count("Received SIGTERM") == count, what="the stop"
-            )
-        Path(path).touch()
-        self.assertEqual(caller.reply(), {"id": 1, "result": "released"})
-        caller.close()
-        daemon.wait_until_gone(GONE_SECONDS)
+            self.wait_for_log(daemon, "Received SIGTERM", "they get 3600 s")
+            daemon.signal(number)
+            for caller in connections.values():
+                self.assertTrue(caller.is_hung_up())
+            daemon.wait_until_gone()
+            self.assertFalse(self.has_ended(path))
+            self.assertIn(daemon.wait_for_exit(), (0, -signal.SIGTERM))
+            self.assertIn("told again to stop", daemon.log)
+            self.assert_port_is_free(daemon)
 
     def test_stop_at_the_start(self) -> None:
         """A daemon that is stopped while its modules are imported leaves nobody behind."""

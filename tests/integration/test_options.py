@@ -101,6 +101,13 @@ class RefusedTests(SynchronousTestCase):
             (("--max-line", "10"), ("--max-line", "1024")),
             (("--grace", "-1"), ("--grace", "-1")),
             (("--grace", "nan"), ("--grace", "nan")),
+            (("--backlog", "-1"), ("--backlog", "0", "-1")),
+            (("--max-in-flight", "0"), ("--max-in-flight", "1", "0")),
+            (("--max-connections", "0"), ("--max-connections", "1", "0")),
+            (("--first-line-timeout", "0"), ("--first-line-timeout", "0.1")),
+            (("--idle-timeout", "0"), ("--idle-timeout", "0.1")),
+            (("--max-tasks", "0"), ("--max-tasks", "1", "0")),
+            (("--max-rss", "inf"), ("--max-rss", "inf")),
             (("--smtp", "mail.example.org"), ("--smtp", "HOST:PORT")),
             (("--smtp", "mail:0"), ("--smtp", "HOST:PORT")),
             (("--smtp", "mail:25", "--smtp-tls", "ssl"), ("--smtp-tls", "starttls", "ssl")),
@@ -314,9 +321,9 @@ class AcceptedTests(SynchronousTestCase):
     def test_thread_at_import_of_new_worker(self) -> None:
         """The worker that replaces another one imports such a module as well."""
         daemon = self.start(tasks="tasks.py", files={"tasks.py": THREAD_AT_IMPORT}, procs=1)
-        before = daemon.workers()[1]
-        daemon.kill(before)
-        self.assertNotEqual(daemon.wait_until_whole()[1], before)
+        before = daemon.workers()
+        daemon.kill(before[1])
+        daemon.wait_until_new(before)
         self.assertEqual(daemon.ask("ask_thread"), "from the thread")
 
     def test_reactor_at_import(self) -> None:
@@ -374,7 +381,11 @@ class HelpTests(SynchronousTestCase):
         """``--help`` lists every option, on stdout, with status 0."""
         ended = Daemon("--help", tasks=None, procs=None).run()
         self.assertEqual((ended.status, ended.errors), (0, ""))
-        for option in ("port", "procs", "tasks", "interface", "smtp", "grace", "insecure"):
+        for option in (
+            *("port", "procs", "tasks", "interface", "smtp", "grace", "insecure"),
+            *("threads", "backlog", "max-in-flight", "max-connections", "max-tasks", "max-rss"),
+            *("first-line-timeout", "idle-timeout"),
+        ):
             self.assertIn(f"--{option}", ended.output)
 
     def test_version(self) -> None:

@@ -484,13 +484,15 @@ class ErrorTests(ServingTestCase):
         wait_until(lambda: os.path.exists(path), what="the task's note")
 
     def test_time_limit_of_blocking_task(self) -> None:
-        """A blocking task is answered for at its limit, though it goes on."""
+        """A blocking task is answered for at its limit, and the worker it is stuck in replaced."""
         for name, members in (("hold", {"timeout": 0.1}), ("hold_limited", {})):
-            path = self.path()
+            before, path = self.daemon.workers(), self.path()
             reply = self.connection.ask(name, [path], id=1, **members)
             self.assert_error(reply, "time-limit", name)
+            self.daemon.wait_until_new(before)
+            self.daemon.wait_until_settled()
             self.assertFalse(os.path.exists(path + ".ended"))
-            self.release(path)
+            self.assert_serves(self.connection)
 
     def test_time_limit_while_waiting(self) -> None:
         """A task that waits behind another one comes to its limit there, and never begins."""
@@ -518,15 +520,18 @@ class ErrorTests(ServingTestCase):
         wait_until(lambda: os.path.exists(path), what="the task's note")
 
     def test_cancel_of_blocking_task(self) -> None:
-        """A blocking task that is cancelled is answered for at once."""
-        path = self.path()
+        """A blocking task that is cancelled is answered for at once, and its worker replaced."""
+        before, path = self.daemon.workers(), self.path()
         self.connection.request("hold", [path], id=1)
         wait_until(lambda: os.path.exists(path + ".begun"), what="the task's begin")
         self.connection.request("taskd.cancel", [1], id=2)
         replies = self.connection.replies_by_id(2)
         self.assert_error(replies[1], "cancelled")
         self.assertIs(replies[2]["result"], True)
-        self.release(path)
+        self.daemon.wait_until_new(before)
+        self.daemon.wait_until_settled()
+        self.assertFalse(os.path.exists(path + ".ended"))
+        self.assert_serves(self.connection)
 
     def test_cancel_of_nothing(self) -> None:
         """Nothing under that id, or on another connection, is not cancelled."""
@@ -587,6 +592,15 @@ class OwnFunctionTests(ServingTestCase):
             self.assertGreater(worker["uptime"], 0)
         self.assertIn(status["answered_by"], (1, 2, 3))
         self.assertEqual(sum(status["totals"]["workers"].values()), 3)
+        self.assertEqual(
+            status["totals"]["restarts"],
+            dict.fromkeys(("died", "time_limit", "hung", "max_tasks", "max_rss", "reload"), 0),
+        )
+        self.assertEqual(
+            set(status["queue"]),
+            {"waiting", "oldest_seconds", "handed_over", "refused", "expired"},
+        )
+        self.assertIsNone(status["supervisor"]["reload"])
 
     def test_counts(self) -> None:
         """The totals count what was done, what failed, and the connections."""
