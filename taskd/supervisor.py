@@ -255,8 +255,7 @@ class Supervisor(Service):
         if self._stopped is not None or worker.is_retired:  # nothing is to be given to it
             return
         self.dispatcher.join(worker, self.clock())
-        if worker.cause is None:
-            self._retire_one()
+        self._retire_worn()
         self._house()
         if not self._has_been_whole:
             ready = sum(w.serves for w in self._workers.values())
@@ -284,13 +283,18 @@ class Supervisor(Service):
             self._worn.append(worker)
             self._slot.count_restart(cause)
 
-    def _retire_one(self) -> None:
-        while self._worn:
-            worker = self._worn.popleft()
-            if not worker.is_gone:
+    def _retire_worn(self) -> None:
+        """Let those of the worn go that do not accept yet, or are more than are needed."""
+        present = [w for w in self._workers.values() if not (w.is_gone or w.is_retired)]
+        spare = sum(w.ready_at is not None for w in present) - self._settings.procs
+        worn, self._worn = self._worn, deque()
+        for worker in worn:
+            if worker.ready_at is not None and not worker.is_gone and spare <= 0:
+                self._worn.append(worker)
+            elif not worker.is_gone:
+                spare -= worker.ready_at is not None
                 self.dispatcher.close(worker)
                 worker.retire()
-                return
 
     def worker_leaving(self, worker: Worker) -> None:
         """Let a worker go that has nothing left to do, unless it may be needed for what waits."""

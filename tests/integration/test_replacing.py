@@ -319,6 +319,32 @@ class ReloadTests(DaemonTestCase):
         self.assertEqual(daemon.ask("version"), 4)
         self.assertEqual(set(daemon.settled_restarts()), {"reload", "max_tasks"})
 
+    def test_worker_that_starts_meanwhile(self) -> None:
+        """A worker of old code that is ready only after the new code's goes, like the others."""
+        slow = (
+            "\nimport time\nwhile os.path.exists('slow'):\n"
+            "    open('importing', 'w').close()\n    time.sleep(0.01)\n"
+        )
+        text = SAMPLE_TASKS.read_text(encoding="utf-8")
+        daemon = self.start(
+            "--no-preload",
+            procs=1,
+            tasks="tasks.py,sample_tasks.py",
+            files={"tasks.py": VERSION.format(version=1) + slow, "sample_tasks.py": text},
+        )
+        before = daemon.workers()
+        caller = self.connect(daemon)
+        (daemon.directory / "slow").touch()
+        self.assert_error(caller.ask("hold_limited", [self.path(daemon)]), "time-limit")
+        wait_until((daemon.directory / "importing").exists, what="a worker that starts")
+        self.reload(daemon, 2)
+        self.wait_for_end_of(*before.values())
+        (daemon.directory / "slow").unlink()
+        wait_until(lambda: "was replaced: reload" in daemon.log, what="the end of the late one")
+        daemon.wait_until_settled()
+        for _ in range(10):
+            self.assertEqual(daemon.ask("version"), 2)
+
     def test_dead_worker_meanwhile(self) -> None:
         """A worker that dies while new code is loaded is replaced, and the code comes."""
         daemon = self.start_version()
