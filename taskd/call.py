@@ -89,7 +89,8 @@ class Call:
         """End the call with a reply; without effect if it has ended before."""
         if self.reply is None:
             self.reply = reply
-            self.stop_timer()
+            if self.timer is not None:
+                self.stop_timer()
             self.on_end(self)
 
     def fail(self, error: CallError) -> None:

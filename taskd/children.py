@@ -117,6 +117,7 @@ class Worker(Link):
         self.is_hung = False
         self.is_gone = False
         self.is_orphan = False
+        self._asked_at = 0.0
         self._parent = parent
 
     @property
@@ -136,6 +137,22 @@ class Worker(Link):
         """Tell it to leave everything to the others and go."""
         self.is_retired = True
         self.tell(b"retire\n")
+
+    def ask_for_beat(self, now: float, beat: float) -> None:
+        """
+        Have it show that its reactor runs.
+
+        Args:
+            now: CLOCK_MONOTONIC seconds.
+            beat: When it has last shown that.
+        """
+        if self.silent_since(beat) is None:
+            self._asked_at = now
+        self.tell(b"beat\n")
+
+    def silent_since(self, beat: float) -> float | None:
+        """Tell since when it has not done what ``ask_for_beat`` asked for, or None."""
+        return self._asked_at if self._asked_at > beat else None
 
     def let_go(self) -> None:
         """Tell it that no task will come any more."""

@@ -16,7 +16,7 @@ from twisted.internet.interfaces import IDelayedCall
 
 from taskd.call import Call
 from taskd.errors import TimeLimitExceeded
-from taskd.scoreboard import Slot
+from taskd.slots import Slot
 
 __all__ = ["Deadlines", "Timer"]
 

@@ -37,7 +37,7 @@ from taskd.errors import InternalError
 from taskd.functions import Function, Kind, reporting_to
 from taskd.lane import HANDOVER_SECONDS, Lane, Look
 from taskd.pool import Pool
-from taskd.scoreboard import Slot
+from taskd.slots import Slot
 from taskd.wire import NO_TERMS, encode_error, encode_progress, encode_result
 
 __all__ = ["Executor", "Loop"]
@@ -77,7 +77,7 @@ class Executor:
         is_delivering: True while a batch of calls is being ended.
         on_delivered: Called when a batch is through.
         on_busy: Called when the first task starts that is not over at once.
-        on_idle: Called when the last task has ended.
+        on_idle: Called when the last task has ended; None: nobody wants to know.
         ended: How many blocking calls have come to an end here.
         is_relieved: True while others do for this worker what it has no thread
             for; its pool is told when it has one again.
@@ -103,12 +103,13 @@ class Executor:
         self._reports: dict[Call, bytes] = {}
         self._is_woken = False
         self._threads_to_start = threads
-        self._threads: dict[int, Call | None] = {}
+        self._threads: dict[int, list[Call | None]] = {}
         self._on_reactor: dict[Call, None] = {}
         self._failures: WeakKeyDictionary[Deferred[Any], Failure] = WeakKeyDictionary()
         self._stuck: set[Call] = set()
         self._deadlines = Deadlines(loop, slot, clock)
         self._watch: IDelayedCall | None = None
+        self._abandon = self._give_up  # bound once, not for each call
         self.lane = Lane(threads)
         self.pool: Pool | None = None
         self.ended = 0
@@ -116,7 +117,7 @@ class Executor:
         self.is_delivering = False
         self.on_delivered: Callable[[], None] = lambda: None
         self.on_busy: Callable[[], None] = lambda: None
-        self.on_idle: Callable[[], None] = lambda: None
+        self.on_idle: Callable[[], None] | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -167,52 +168,62 @@ class Executor:
         """
         function, lane = call.function, self.lane
         now = self._clock()
-        if call.terms.timeout is not None and call.deadline is None:
-            call.deadline = now + call.terms.timeout
+        if call.terms is not NO_TERMS and not self._admits(call, now):
+            return
+        if function.kind is not Kind.THREAD:
+            self._start_here(call, pending, now)
+            return
+        if lane.is_wary and self.pool is not None and lane.sends_on(call.terms.priority):
+            self._hand_over([call])
+            return
+        if self._threads_to_start and not self._start_thread():
+            call.fail(InternalError("the system lets this worker start no thread; try again"))
+            return
+        occupied = lane.occupied
+        if occupied < lane.threads:
+            lane.began(now, self.ended)
+            if not occupied and not self._on_reactor:
+                self.on_busy()
+        lane.occupied = occupied + 1
+        self._slot.take(function.label, now)
+        call.abandon = self._abandon
+        if function.timeout is not None or call.deadline is not None:
+            self._deadlines.keep(call)
+        self._waiting.put(call)
+        if occupied >= lane.threads and self._watch is None and self.pool is not None:
+            self._look()
+
+    def _admits(self, call: Call, now: float) -> bool:
+        """See to what a caller has asked for beside the task; tell whether it may start here."""
+        terms = call.terms
+        if terms.timeout is not None and call.deadline is None:
+            call.deadline = now + terms.timeout
         if call.deadline is not None and call.deadline <= now:  # it was on its way for too long
             self._deadlines.keep(call)
-            return
-        if function.kind is Kind.THREAD:
-            if (
-                (lane.is_wary or call.terms is not NO_TERMS)
-                and self.pool is not None
-                and lane.sends_on(call.terms.priority)
-            ):
-                self._hand_over([call])
-                return
-            self._take_on(call, now)
-            return
+            return False
+        if (
+            call.function.kind is Kind.THREAD
+            and self.pool is not None
+            and self.lane.sends_on(terms.priority)
+        ):
+            self._hand_over([call])
+            return False
+        return True
+
+    def _start_here(self, call: Call, pending: Deferred[Any] | None, now: float) -> None:
+        """Run a call on the reactor."""
         if self.is_idle:
             self.on_busy()
         self._on_reactor[call] = None
         call.began = now
-        self._slot.begin(function.label, now)
-        if function.timeout is not None or call.deadline is not None:
+        self._slot.begin(call.function.label, now)
+        if call.function.timeout is not None or call.deadline is not None:
             self._deadlines.keep(call)
             self._deadlines.show(call, now)
         if pending is not None:
             self._wait_for(pending, call, now)
         else:
             self._start_on_reactor(call, now)
-
-    def _take_on(self, call: Call, now: float) -> None:
-        """Have one of this worker's own threads run a call."""
-        lane = self.lane
-        if self._threads_to_start and not self._start_thread():
-            call.fail(InternalError("the system lets this worker start no thread; try again"))
-            return
-        if not lane.occupied and not self._on_reactor:
-            self.on_busy()
-        if lane.occupied < lane.threads:
-            lane.began(now, self.ended)
-        lane.occupied += 1
-        self._slot.take(call.function.label, now)
-        call.abandon = self._give_up
-        if call.function.timeout is not None or call.deadline is not None:
-            self._deadlines.keep(call)
-        self._waiting.put(call)
-        if lane.occupied > lane.threads and self._watch is None and self.pool is not None:
-            self._look()
 
     def send_on(self, call: Call) -> None:
         """Have others run a call, whatever it is."""
@@ -240,15 +251,14 @@ class Executor:
         self.lane.retire()
         if self.pool is not None:
             self.pool.stuck()
-        if self.is_idle:
-            self.on_idle()
+        self._rest()
 
     def _stack_of(self, call: Call) -> str:
         """Tell where the thread stands that runs a call."""
         frames = sys._current_frames()
         return "".join(
             "".join(traceback.format_stack(frames[thread]))
-            for thread, running in list(self._threads.items())
+            for thread, (running,) in list(self._threads.items())
             if running is call and thread in frames
         )
 
@@ -300,13 +310,6 @@ class Executor:
         for call in calls:
             if call.deadline is not None:
                 self._deadlines.keep_callers(call)
-
-    def _finish(self, call: Call, reply: bytes | None) -> None:
-        """Answer for a call that has ended."""
-        if call in self._reports:
-            self._send_report(call, self._reports.pop(call))
-        if reply is not None:
-            call.end(reply)
 
     def _explain(self, function: Function, id_json: str, error: BaseException) -> bytes:
         """Log what a task has raised, and make the reply that says so."""
@@ -364,15 +367,19 @@ class Executor:
         self._on_reactor.pop(call, None)
         self._deadlines.forget(call)
         self._slot.end(failed or call.reply is not None, self._clock() - began)
-        self._finish(call, reply)
+        if call in self._reports:
+            self._send_report(call, self._reports.pop(call))
+        if reply is not None:
+            call.end(reply)
         self._rest()
 
     def _rest(self) -> None:
         """Take note that tasks have ended: nothing runs now, or show the oldest that does."""
         if self.is_idle:
-            self.on_idle()
+            if self.on_idle is not None:
+                self.on_idle()
         elif self._on_reactor or self.lane.threads > 1:
-            running = [call for call in list(self._threads.values()) if call is not None]
+            running = [call for (call,) in list(self._threads.values()) if call is not None]
             running += list(self._on_reactor)[:1]
             if running:
                 oldest = min(running, key=lambda call: call.began or math.inf)
@@ -398,8 +405,10 @@ class Executor:
 
     def _work(self) -> None:
         clock, outcomes, running = self._clock, self._outcomes, self._threads
-        me = threading.get_ident()
-        while (call := self._waiting.get()) is not None:
+        show, waiting = self._slot.run, self._waiting
+        mine: list[Call | None] = [None]
+        running[threading.get_ident()] = mine
+        while (call := waiting.get()) is not None:
             call.began = began = clock()
             # It may have been cancelled, or come to its limit, while it waited.
             # Whoever does that looks for the beginning afterwards, and this the
@@ -407,33 +416,33 @@ class Executor:
             if call.reply is not None:
                 outcomes.append((call, None, None, 0.0))
             else:
-                running[me] = call
-                self._slot.run(call.function.label, began)
+                mine[0] = call
+                show(call.function.label, began)
                 if call.timer is not None:
                     self._deadlines.show(call, began)
                 try:
-                    reply, error = encode_result(call.id_json, self._run_in_thread(call)), None
+                    if call.send_progress is None:
+                        value = call.function.call(*call.positional, **call.keywords)
+                    else:
+                        value = self._call_reporting(call)
+                    if type(value) not in _JSON_TYPES and isinstance(value, Deferred):
+                        raise TypeError(
+                            f"{call.function.name} returned a Deferred from a thread; "
+                            "register it with @task(blocking=False)"
+                        )
+                    reply, error = encode_result(call.id_json, value), None
                 except BaseException as raised:  # a task may end in anything, SystemExit too
                     reply, error = None, raised
-                running[me] = None
+                mine[0] = None
                 outcomes.append((call, reply, error, clock() - began))
             self._wake()
 
-    def _run_in_thread(self, call: Call) -> Any:
-        if call.send_progress is None:
-            value = call.function.call(*call.positional, **call.keywords)
-        else:
-            reporting_to.set(partial(self._report, call))
-            try:
-                value = call.function.call(*call.positional, **call.keywords)
-            finally:
-                reporting_to.set(None)
-        if type(value) not in _JSON_TYPES and isinstance(value, Deferred):
-            raise TypeError(
-                f"{call.function.name} returned a Deferred from a thread; "
-                "register it with @task(blocking=False)"
-            )
-        return value
+    def _call_reporting(self, call: Call) -> Any:
+        reporting_to.set(partial(self._report, call))
+        try:
+            return call.function.call(*call.positional, **call.keywords)
+        finally:
+            reporting_to.set(None)
 
     def _report(self, call: Call, done: float, total: float | None, message: str | None) -> None:
         self._reports[call] = encode_progress(call.id_json, done, total, message)
@@ -448,6 +457,7 @@ class Executor:
         # First of all: from here on, whoever adds something wakes us again.
         self._is_woken = False
         outcomes, reports, lane = self._outcomes, self._reports, self.lane
+        finish = self._slot.finish
         self.is_delivering = True
         try:
             while reports:
@@ -456,16 +466,16 @@ class Executor:
                 call, reply, error, seconds = outcomes.popleft()
                 lane.occupied -= 1
                 self.ended += 1
-                if call.terms is not NO_TERMS or call.function.timeout is not None:
+                if call.timer is not None or call.reply is not None:
                     self._deadlines.forget(call)
-                failed = error is not None or call.reply is not None
-                self._slot.finish(failed, seconds)
-                if call.reply is None:
-                    if error is not None:
-                        reply = self._explain(call.function, call.id_json, error)
-                elif call in self._stuck:
                     self._stuck.discard(call)
-                self._finish(call, reply)
+                finish(error is not None or call.reply is not None, seconds)
+                if error is not None and call.reply is None:
+                    reply = self._explain(call.function, call.id_json, error)
+                if reports and call in reports:  # the last one comes before the reply
+                    self._send_report(call, reports.pop(call))
+                if reply is not None:
+                    call.end(reply)
         finally:
             self.is_delivering = False
             self.on_delivered()

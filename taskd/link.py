@@ -29,6 +29,7 @@ supervisor  ``run`` NUMBER DUE request a task for it
             ``retire``                 start nothing more; the others go on
             ``stop``                   start nothing more; the daemon stops
             ``adopt`` unread, and fd   a connection to go on with
+            ``beat``                   show that your reactor runs
             ``go``                     the answer to ``leaving``: no task will come
 =========== ========================== ==========================================
 """

@@ -40,8 +40,8 @@ RESERVED_FDS: Final = 64
 YOUNG_SECONDS: Final = 1.0
 """A worker that dies younger than this died of its start, not of its work."""
 
-_HUNG_BEAT_SECONDS: Final = 1.5
-"""Three of a worker's beats: it has not missed them by a busy machine's doing."""
+_HUNG_SILENT_SECONDS: Final = 1.5
+"""Longer than a busy machine keeps a reactor from its turn."""
 
 _HUNG_OVERDUE_SECONDS: Final = 0.25
 
@@ -122,7 +122,7 @@ def reconnect_delay(failures: int, *, base: float, cap: float, jitter: float) ->
     return jitter * min(cap, base * 2.0 ** min(failures - 1, 64))
 
 
-def is_hung(now: float, beat: float, due: float) -> bool:
+def is_hung(now: float, silent_since: float | None, due: float) -> bool:
     """
     Decide whether a worker will not come to its senses by itself.
 
@@ -131,11 +131,13 @@ def is_hung(now: float, beat: float, due: float) -> bool:
 
     Args:
         now: CLOCK_MONOTONIC seconds.
-        beat: When its reactor has last run.
+        silent_since: When its reactor was asked for a sign of life that has not
+            come, or None.
         due: When its task must have ended, or 0.0: it may take as long as it likes.
     """
-    is_overdue = due != 0.0 and now > due + _HUNG_OVERDUE_SECONDS
-    return is_overdue and now > beat + _HUNG_BEAT_SECONDS
+    if silent_since is None or due == 0.0:
+        return False
+    return now > due + _HUNG_OVERDUE_SECONDS and now > silent_since + _HUNG_SILENT_SECONDS
 
 
 def retry_after(waiting: int, rate: float) -> float:

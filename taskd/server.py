@@ -21,9 +21,9 @@ from taskd.errors import CallError, Malformed, Overloaded
 from taskd.executor import Executor, Loop
 from taskd.functions import Registry
 from taskd.lines import LongLineReceiver
-from taskd.scoreboard import Slot
 from taskd.session import Session
 from taskd.settings import Settings
+from taskd.slots import Slot
 
 __all__ = ["Move", "TaskProtocol", "TaskServerFactory"]
 
@@ -161,6 +161,7 @@ class TaskProtocol(LongLineReceiver):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Leave the factory's connections; what runs goes on."""
+        self.connected = 0
         if self._linger is not None and self._linger.active():
             self._linger.cancel()
         self._session.lost()
@@ -248,11 +249,13 @@ class TaskProtocol(LongLineReceiver):
         """
         self.flush()
         self._is_hanging_up = True
-        self._cut_off_after(_HANG_UP_SECONDS)
         half_close = getattr(self.transport, "loseWriteConnection", None)
         if self._has_peer_ended or half_close is None:  # TLS has no half of a close
             self.transport.loseConnection()
+            if self.connected:  # most have gone by now, and a timer is dear
+                self._cut_off_after(_HANG_UP_SECONDS)
         else:
+            self._cut_off_after(_HANG_UP_SECONDS)
             half_close()
 
 

@@ -24,7 +24,6 @@ from taskd.wire import (
     ABSENT,
     NO_TERMS,
     Args,
-    Terms,
     decode_request,
     encode,
     encode_error,
@@ -109,10 +108,11 @@ class Session:
         id_json = ABSENT
         try:
             name, args, id_json, terms = decode_request(line)
-            if self._is_late and self._receive_late(name, args, id_json, terms):
-                return
-            function = self._find(name)
-            positional, keywords = function.bind(args)
+            if self._is_late and name not in _SESSION_NAMES:
+                function, positional, keywords = self._find_elsewhere(name, args)
+            else:
+                function = self._find(name)
+                positional, keywords = function.bind(args)
         except Malformed as error:
             if line.rstrip(b"\r"):  # else it was a keep-alive
                 self._refuse(error.id_json, error)
@@ -134,42 +134,26 @@ class Session:
             result = function.call(self, *positional, **keywords)
             self._emit(id_json, encode_result(id_json, result))
             return
-        call = self._open(function, positional, keywords, id_json, terms)
-        self._runner.start(call, pending)
-
-    def _open(
-        self,
-        function: Function,
-        positional: list[Any],
-        keywords: dict[str, Any],
-        id_json: str,
-        terms: Terms,
-    ) -> Call:
-        """Make a call whose reply is owed from now on."""
         send_progress = self._send_progress if terms.wants_progress else None
         call = Call(function, positional, keywords, id_json, terms, self._ended, send_progress)
-        self._in_flight.add(call)
+        in_flight = self._in_flight
+        in_flight.add(call)
         if not id_json:
             self._in_order.append(call)
-        if len(self._in_flight) >= self._max_in_flight and not self._is_held:
+        if len(in_flight) >= self._max_in_flight and not self._is_held:
             self._is_held = True
             self._hold(True)
-        return call
+        if self._is_late:
+            self._runner.send_on(call)
+        else:
+            self._runner.start(call, pending)
 
-    def _receive_late(self, name: str, args: Args, id_json: str, terms: Terms) -> bool:
-        """
-        Take a request that is not to be run here; tell whether that was done.
-
-        Another worker, of newer code perhaps, knows what the name stands for.
-        """
+    def _find_elsewhere(self, name: str, args: Args) -> tuple[Function, list[Any], dict[str, Any]]:
+        """Let a name and arguments pass that another worker, of newer code perhaps, knows."""
         if self._is_draining:
             raise ShuttingDown("this worker is stopping; send the request again")
-        if name in _SESSION_NAMES:
-            return False
-        positional, keywords = (args, {}) if type(args) is list else ([], args)
         function = Function(name, _run_elsewhere, Kind.THREAD)
-        self._runner.send_on(self._open(function, positional, keywords, id_json, terms))  # type: ignore[arg-type]
-        return True
+        return (function, [], args) if isinstance(args, dict) else (function, args, {})
 
     def receive_too_much(self, limit: int) -> None:
         """Answer a line that is longer than *limit* bytes."""

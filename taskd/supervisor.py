@@ -30,8 +30,9 @@ from taskd.listening import bind
 from taskd.policy import YOUNG_SECONDS, Births, is_hung
 from taskd.process import Title, adopt_orphans, describe_end, reap_others
 from taskd.removals import Removals
-from taskd.scoreboard import Scoreboard, SupervisorSlot
+from taskd.scoreboard import Scoreboard
 from taskd.settings import Settings
+from taskd.slots import SupervisorSlot
 from taskd.states import Cause
 from taskd.zygotes import Zygotes
 
@@ -42,6 +43,9 @@ _BACKLOG_BYTES: Final = 256 * 1024 * 1024
 
 _WATCH_SECONDS: Final = 0.1
 """How often workers are looked at, and the queue."""
+
+_BEAT_SECONDS: Final = 0.5
+"""How often workers are asked whether they are alive."""
 
 _KILL_AFTER_GRACE_SECONDS: Final = 2.0
 _KILL_AFTER_LINK_SECONDS: Final = 1.0
@@ -90,6 +94,7 @@ class Supervisor(Service):
         self._leaving: list[Worker] = []
         self._removals = Removals()
         self._started_at = 0.0
+        self._next_beat = 0.0
         self._has_been_whole = False
         self._stopped: Deferred[None] | None = None
         self._strays: IDelayedCall | None = None
@@ -396,9 +401,16 @@ class Supervisor(Service):
         self._slot.show_queue(
             self.dispatcher.oldest(), counts.handed_over, counts.refused, counts.expired
         )
+        asks = now >= self._next_beat
+        if asks:
+            self._next_beat = now + _BEAT_SECONDS
         for worker in list(self._workers.values()):
             slot = self._scoreboard.slot(worker.number)
-            if not worker.is_gone and not worker.is_hung and is_hung(now, slot.beat, slot.due):
+            # The others have nothing to see to, and are left asleep.
+            if asks and (self._settings.max_rss_bytes or slot.is_in_use):
+                worker.ask_for_beat(now, slot.beat)
+            silent_since = worker.silent_since(slot.beat)
+            if not (worker.is_gone or worker.is_hung) and is_hung(now, silent_since, slot.due):
                 self._end_hung(worker, slot.task)
         self._house()
         self._let_go()

@@ -7,7 +7,6 @@ Everything that a worker is made of is put together here and nowhere else.
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import random
@@ -26,28 +25,25 @@ from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, global
 from twisted.python.failure import Failure
 from twisted.python.threadable import isInIOThread
 
-from taskd import __version__
 from taskd.accept import SharedPort, SharingReactor
 from taskd.errors import WorkerLost
 from taskd.executor import Executor
 from taskd.functions import Function, Kind, Registry
+from taskd.introspection import Introspection
 from taskd.lines import LongLineReceiver, OneConnection
 from taskd.link import Link, Reader, adopt_link
 from taskd.loading import load_tasks
 from taskd.mail import Mailer
 from taskd.process import Title, resident_bytes
 from taskd.relay import Relay
-from taskd.scoreboard import Scoreboard, Slot
+from taskd.scoreboard import Scoreboard
 from taskd.server import TaskServerFactory
 from taskd.session import session_functions
 from taskd.settings import Settings
 from taskd.states import Cause
 from taskd.wear import Wear
 
-__all__ = ["Introspection", "Prepared", "prepare", "rehearse", "run"]
-
-_BEAT_SECONDS: Final = 0.5
-"""How often a worker shows that its reactor runs."""
+__all__ = ["Prepared", "prepare", "rehearse", "run"]
 
 _TITLE_ROOM: Final = 64
 """Bytes of a task's name that a process title shows."""
@@ -73,46 +69,6 @@ class Prepared:
     settings: Settings
     registry: Registry
     introspection: Introspection
-
-
-class Introspection:
-    """
-    The daemon's functions that tell about itself.
-
-    Attributes:
-        scoreboard: Where the answers come from; set by each worker.
-        slot: That of the worker that answers; set by each worker.
-    """
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self.scoreboard: Scoreboard | None = None
-        self.slot: Slot | None = None
-
-    def ping(self) -> str:
-        """Answer "pong"."""
-        return "pong"
-
-    def functions(self) -> list[dict[str, Any]]:
-        """List what can be called: name, signature, docstring, kind, time limit."""
-        return [
-            {
-                "name": function.name,
-                "signature": function.signature,
-                "doc": function.doc,
-                "kind": function.kind.value,
-                "timeout": function.timeout,
-            }
-            for function in self._registry
-        ]
-
-    def status(self) -> dict[str, Any]:
-        """Tell what the daemon and each of its workers do."""
-        if self.scoreboard is None or self.slot is None:
-            return {"version": __version__}
-        self.slot.show_the_rest()  # that somebody asks is no work
-        status = self.scoreboard.status(time.monotonic())
-        return {"version": __version__, "answered_by": self.slot.number, **status}
 
 
 def prepare(fields: dict[str, Any]) -> Prepared:
@@ -174,7 +130,7 @@ def rehearse(prepared: Prepared) -> None:
         worker.serve(theirs, [os.dup(port.fileno())])
         caller.connect(port.getsockname())
         caller.setblocking(False)
-        rehearsal = _Rehearsal(partial(ours.sendall, b"stop\ngo\n"))
+        rehearsal = _Rehearsal(ours.sendall)
         reactor.adoptStreamConnection(caller.fileno(), socket.AF_INET, OneConnection(rehearsal))  # type: ignore[no-untyped-call]
         reactor.run(installSignalHandlers=False)
     signal.alarm(0)
@@ -182,15 +138,15 @@ def rehearse(prepared: Prepared) -> None:
 
 
 class _Rehearsal(LongLineReceiver):
-    """The caller in a rehearsal."""
+    """The caller in a rehearsal, and the supervisor."""
 
     # Nothing that a task module could have replaced: its code is not to run before the fork.
     _REQUEST: Final = b'{"id":1,"function":"taskd.functions","args":[]}\n'
     _ROUNDS: Final = 16
 
-    def __init__(self, end: Callable[[], None]) -> None:
+    def __init__(self, order: Callable[[bytes], None]) -> None:
         super().__init__()
-        self._end = end
+        self._order = order
         self._rounds = 0
 
     def connectionMade(self) -> None:
@@ -202,10 +158,11 @@ class _Rehearsal(LongLineReceiver):
     def lineReceived(self, line: bytes) -> None:
         self._rounds += 1
         if self._rounds < self._ROUNDS:
+            self._order(b"beat\n")
             self._ask()
         else:
             self.transport.loseConnection()
-            self._end()
+            self._order(b"stop\ngo\n")
 
 
 def run(
@@ -231,9 +188,6 @@ def run(
     Raises:
         StartFailed: A task module is not usable.
     """
-    faulthandler.enable()
-    # Tells where a worker stands that holds Python's lock, before it is killed.
-    faulthandler.register(signal.SIGUSR2)
     reactor = SharingReactor()  # type: ignore[no-untyped-call]
     installReactor(reactor)
     if not isinstance(prepared, Prepared):
@@ -290,6 +244,7 @@ class _Worker:
                 b"stop": lambda _: self.stop(),
                 b"go": lambda _: self._let_go(),
                 b"adopt": self._adopt,
+                b"beat": lambda _: self._beat(),
             },
             self._orphaned,
         )
@@ -300,7 +255,8 @@ class _Worker:
         self._has_said_so = self._may_go = False
         self._done: Deferred[None] = Deferred()
         self._executor.on_busy = self._step_back
-        self._executor.on_idle = self._rest
+        if settings.max_tasks is not None:
+            self._executor.on_idle = self._rest
         self._factory.on_empty = self._go_if_done
         self._relay.on_quiet = self._go_if_done
         self._relay.on_filled = self._leave_the_ports
@@ -320,17 +276,20 @@ class _Worker:
         self._reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
         self._slot.ready()
         self._tell(b"ready\n")
-        self._beat()
 
     def _tell(self, message: bytes) -> None:
         self._link.tell(message)
 
     def _beat(self) -> None:
-        """Show that the reactor runs, and see to what is due now and then."""
+        """
+        Show that the reactor runs, and see to what is due now and then.
+
+        The supervisor says when: a timer that is always pending would cost each
+        round of the reactor more.
+        """
         self._slot.beats(time.monotonic())
         self._factory.sweep()
         self._replace_if_worn(measure=True)
-        self._reactor.callLater(_BEAT_SECONDS, self._beat)
 
     # While it serves.
 
@@ -390,6 +349,7 @@ class _Worker:
         if self._is_retired or self._is_stopping:
             return
         self._is_retired = True
+        self._executor.on_idle = self._go_if_done
         self._close_ports()
         self._executor.lane.retire()
         self._executor.hand_over_all()
@@ -402,6 +362,7 @@ class _Worker:
         if self._is_stopping:
             return
         self._is_stopping = True
+        self._executor.on_idle = self._go_if_done
         grace = self._settings.grace_seconds
         self._close_ports()
         # Even a reactor that is held up by a task does not outlive its grace.

@@ -16,6 +16,7 @@ attached), ``unforked``, ``exited``.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -53,6 +54,9 @@ def main() -> NoReturn:
     gc.disable()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # The workers inherit both: what a crash, and a signal before a kill, print of them.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2)
     title = Title("taskd: zygote")
     if os.getsid(0) != os.getpid():
         os.setsid()  # a terminal's Ctrl-C is for the supervisor

@@ -17,8 +17,8 @@ from twisted.logger import Logger
 from taskd.children import Zygote
 from taskd.policy import Births
 from taskd.process import describe_end
-from taskd.scoreboard import SupervisorSlot
 from taskd.settings import Settings
+from taskd.slots import SupervisorSlot
 
 __all__ = ["Owner", "Zygotes"]
 

@@ -29,10 +29,11 @@ from taskd.call import Call
 from taskd.client import TaskClientProtocol
 from taskd.executor import Executor
 from taskd.functions import Registry, task
-from taskd.scoreboard import Scoreboard, Slot
+from taskd.scoreboard import Scoreboard
 from taskd.server import TaskProtocol, TaskServerFactory
 from taskd.session import session_functions
 from taskd.settings import Settings
+from taskd.slots import Slot
 
 __all__ = [
     "PATIENCE",

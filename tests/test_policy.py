@@ -84,18 +84,19 @@ class HungTests(SynchronousTestCase):
     """Whether a worker will not come to its senses by itself."""
 
     def test_both_have_to_be_missed(self) -> None:
-        """A worker hangs if its task is overdue and its reactor has not run, and only then."""
-        for beat, due, expected in (
+        """A worker hangs if its task is overdue and it does not answer, and only then."""
+        for silent_since, due, expected in (
             (98.0, 99.0, True),
             (98.0, 99.9, False),  # overdue by less than what a reactor may be late
             (98.0, 101.0, False),  # its task still has time
-            (99.0, 50.0, False),  # its reactor runs, and will see to it
-            (0.0, 0.0, False),  # its task may take as long as it likes
+            (99.0, 50.0, False),  # it may yet answer, and see to it
+            (None, 50.0, False),  # it has answered
+            (1.0, 0.0, False),  # its task may take as long as it likes
         ):
-            self.assertIs(is_hung(100.0, beat, due), expected, (beat, due))
+            self.assertIs(is_hung(100.0, silent_since, due), expected, (silent_since, due))
 
     def test_the_bounds(self) -> None:
-        """It is given a second and a half without a beat, and a quarter over its task's time."""
+        """It is given a second and a half to answer, and a quarter over its task's time."""
         self.assertIs(is_hung(101.5, 100.0, 1.0), False)
         self.assertIs(is_hung(101.51, 100.0, 1.0), True)
         self.assertIs(is_hung(100.25, 1.0, 100.0), False)

@@ -167,7 +167,8 @@ class SteppedExecutor(Executor):
             self._wake()
             return
         # Any key that is no thread's will do.
-        self._threads[-1 - thread] = self.threads_running[thread] = call
+        self._threads[-1 - thread] = [call]
+        self.threads_running[thread] = call
         self._begins(call)
         self._slot.run(call.function.label, began)
         if call.timer is not None:
@@ -179,7 +180,8 @@ class SteppedExecutor(Executor):
         assert call is not None
         assert call.began is not None
         reply = encode_result(call.id_json, call.positional[0])
-        self._threads[-1 - thread] = self.threads_running[thread] = None
+        self._threads[-1 - thread] = [None]
+        self.threads_running[thread] = None
         self._outcomes.append((call, reply, None, self._clock() - call.began))
         self._wake()
 

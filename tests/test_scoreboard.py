@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.functions import Function, Kind
-from taskd.scoreboard import NAME_BYTES, SPARE_SLOTS, Scoreboard, Slot, SupervisorSlot
+from taskd.scoreboard import SPARE_SLOTS, Scoreboard
+from taskd.slots import NAME_BYTES, Slot, SupervisorSlot
 from taskd.states import Cause, State
 
 examples = settings(max_examples=100, deadline=None)

@@ -25,8 +25,9 @@ from taskd.children import Worker
 from taskd.errors import StartFailed
 from taskd.link import Offer
 from taskd.process import Title
-from taskd.scoreboard import NAME_BYTES, Scoreboard, Slot
+from taskd.scoreboard import Scoreboard
 from taskd.settings import Settings
+from taskd.slots import NAME_BYTES, Slot
 from taskd.supervisor import Supervisor
 from taskd.zygote import CONTROL_FD, LISTENING_FD, SCOREBOARD_FD
 from tests.support import MemoryTransport
@@ -140,8 +141,13 @@ class FakeWorker:
 
     @property
     def orders(self) -> list[bytes]:
-        """What it was told so far."""
-        return self._link.transport.value().splitlines()
+        """What it was told so far, but for asking whether it is alive."""
+        return [line for line in self._link.transport.value().splitlines() if line != b"beat"]
+
+    @property
+    def times_asked(self) -> int:
+        """How often it was asked whether it is alive."""
+        return self._link.transport.value().splitlines().count(b"beat")
 
     @property
     def adopted(self) -> list[tuple[bytes, list[int]]]:
@@ -700,9 +706,9 @@ class HungTests(SupervisorTestCase):
         """It is told to show where it stands, then killed, replaced and counted."""
         zygote, (first, _) = self.start_whole()
         self.hang(first)
-        self.machine.advance(1.4)
+        self.machine.pump([0.5] * 4)  # asked after half a second; a second and a half to answer
         self.assertEqual(zygote.orders, [])
-        self.machine.advance(0.2)
+        self.machine.advance(0.125)
         self.assertEqual(zygote.orders, [{"kill": first.pid, "signal": int(signal.SIGUSR2)}])
         self.machine.advance(0.1)
         self.assertEqual(zygote.orders, [{"kill": first.pid, "signal": KILLED}])
@@ -726,14 +732,26 @@ class HungTests(SupervisorTestCase):
         zygote, (first, _) = self.start_whole()
         self.hang(first)
         first.slot.must_end(0.0)
-        self.machine.advance(3600)
+        self.machine.pump([60.0] * 60)
         self.assertEqual(zygote.orders, [])
+
+    def test_who_is_asked(self) -> None:
+        """Workers with a task or a connection are asked twice a second; the others sleep."""
+        _, (first, second) = self.start_whole()
+        first.slot.take(LABEL, self.machine.seconds())
+        self.machine.pump([0.5] * 10)
+        self.assertEqual((first.times_asked, second.times_asked), (10, 0))
+        first.slot.finish(False, 1.0)
+        second.slot.connected(1)
+        self.machine.pump([0.5] * 10)
+        self.assertEqual((first.times_asked, second.times_asked), (10, 10))
 
     def test_one_that_ends_at_last(self) -> None:
         """A worker that is gone before it is killed is nobody to kill."""
         zygote, (first, _) = self.start_whole()
         self.hang(first)
-        self.machine.advance(1.6)
+        self.machine.pump([0.5] * 4)
+        self.machine.advance(0.125)
         first.die()
         self.machine.advance(60)
         told = [order for order in zygote.orders if order.get("signal") == KILLED]

@@ -1,0 +1,57 @@
+"""
+What the daemon tells about itself, to any caller that asks.
+
+What it tells is read elsewhere: from the registry and from the scoreboard.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from taskd import __version__
+from taskd.functions import Registry
+from taskd.scoreboard import Scoreboard
+from taskd.slots import Slot
+
+__all__ = ["Introspection"]
+
+
+class Introspection:
+    """
+    The daemon's functions that tell about itself.
+
+    Attributes:
+        scoreboard: Where the answers come from; set by each worker.
+        slot: That of the worker that answers; set by each worker.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.scoreboard: Scoreboard | None = None
+        self.slot: Slot | None = None
+
+    def ping(self) -> str:
+        """Answer "pong"."""
+        return "pong"
+
+    def functions(self) -> list[dict[str, Any]]:
+        """List what can be called: name, signature, docstring, kind, time limit."""
+        return [
+            {
+                "name": function.name,
+                "signature": function.signature,
+                "doc": function.doc,
+                "kind": function.kind.value,
+                "timeout": function.timeout,
+            }
+            for function in self._registry
+        ]
+
+    def status(self) -> dict[str, Any]:
+        """Tell what the daemon and each of its workers do."""
+        if self.scoreboard is None or self.slot is None:
+            return {"version": __version__}
+        self.slot.show_the_rest()  # that somebody asks is no work
+        status = self.scoreboard.status(time.monotonic())
+        return {"version": __version__, "answered_by": self.slot.number, **status}
