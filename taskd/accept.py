@@ -96,7 +96,7 @@ class SharingReactor(EPollReactor):
         self._poller.close()
 
 
-class EagerServer(EagerWrites, tcp.Server):
+class EagerServer(EagerWrites, tcp.Server):  # type: ignore[misc]
     """A connection that sends at once, and can be given away to another process."""
 
     _end: Failure | None = None
@@ -161,7 +161,7 @@ class SharedPort:
         reactor: Watches the socket.
 
     Attributes:
-        on_accept: Called when a connection was accepted.
+        on_accept: Called when a connection was accepted; None: nobody wants to know.
     """
 
     _log = Logger(namespace="taskd.accept")
@@ -177,7 +177,7 @@ class SharedPort:
         self._accepted = 0
         self._pause: IDelayedCall | None = None
         self._is_away = False
-        self.on_accept: Callable[[], None] = lambda: None
+        self.on_accept: Callable[[], None] | None = None
         factory.on_room = self._on_room
         reactor.add_shared_reader(self)
 
@@ -208,7 +208,8 @@ class SharedPort:
         pause = accept_pause(held, self._in_a_row)
         if pause or held >= self._ceiling:
             self._leave_for(pause)
-        self.on_accept()
+        if self.on_accept is not None:
+            self.on_accept()
 
     def _serve(self, connection: socket.socket, address: Any) -> Guest:
         protocol = self._factory.buildProtocol(self._address_type("TCP", *address))

@@ -41,14 +41,21 @@ class EagerWrites:
         """Tell how much waits."""
         return len(self.dataBuffer) + self._tempDataLen
 
-    def write(self, data: bytes) -> None:
-        """Send now if nothing waits before it; what the kernel does not take goes Twisted's way."""
+    def write(self, data: bytes) -> bool:
+        """
+        Send now if nothing waits before it; what the kernel does not take goes Twisted's way.
+
+        Returns:
+            Whether all is sent.
+        """
         if not self._tempDataBuffer and not self.dataBuffer and self.connected:
             # If it is full, or gone, the reactor will find out which.
             with contextlib.suppress(OSError):
                 data = data[self.socket.send(data) :]
         if data:
             super().write(data)  # type: ignore[misc]
+            return False
+        return True
 
 
 class LongLineReceiver(LineReceiver):

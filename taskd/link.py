@@ -171,7 +171,7 @@ class Link(LongLineReceiver):
             os.close(self._fds.pop())
 
 
-class _LinkTransport(EagerWrites, unix.Server):
+class _LinkTransport(EagerWrites, unix.Server):  # type: ignore[misc]
     """A link's socket, on which nothing waits for the reactor's next round."""
 
 

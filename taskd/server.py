@@ -6,7 +6,6 @@ What a line means is the session's; who accepts connections is ``accept``'s.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -83,7 +82,8 @@ class TaskProtocol(LongLineReceiver):
         self._linger: IDelayedCall | None = None
         self._has_peer_ended = False
         self._is_hanging_up = False
-        self._is_silent = False
+        self._silent_since: float | None = None
+        self._still_since = 0.0
         self._holds = 0
 
     def connectionMade(self) -> None:
@@ -92,8 +92,7 @@ class TaskProtocol(LongLineReceiver):
 
     def accepted(self) -> None:
         """Have the time run in which a request must come; turn the peer away if it is crowded."""
-        self._is_silent = True
-        self._factory.accepted(self)
+        self._silent_since = self._factory.clock()
         if self._factory.is_crowded():
             self._session.turn_away(
                 Overloaded(
@@ -104,6 +103,7 @@ class TaskProtocol(LongLineReceiver):
 
     def adopted(self, unread: bytes) -> None:
         """Go on where another worker has left off, with what was read there."""
+        self._still_since = self._factory.clock()
         if unread:
             self.dataReceived(unread)
 
@@ -111,11 +111,10 @@ class TaskProtocol(LongLineReceiver):
         """Take what came; replies that are ready at once leave in one write."""
         if self._is_hanging_up:
             return
-        if self._is_silent and b"\n" in data:
-            self._is_silent = False
-            self._factory.spoke(self)
-        if self._factory.settings.idle_seconds is not None:
-            self._factory.stirred(self)
+        if self._silent_since is not None and b"\n" in data:
+            self._silent_since = None
+        if self._factory.idle_seconds is not None:
+            self._still_since = self._factory.clock()
         is_within = self._is_receiving  # a pause has ended while a line was taken
         self._is_receiving = True
         try:
@@ -133,11 +132,11 @@ class TaskProtocol(LongLineReceiver):
         """Send what waits for the end of a batch."""
         replies = self._replies
         if replies:
-            self.transport.write(b"".join(replies) if len(replies) > 1 else replies[0])
+            written = self.transport.write(b"".join(replies) if len(replies) > 1 else replies[0])
             replies.clear()
-            if self._factory.settings.idle_seconds is not None:
-                self._factory.stirred(self)  # its peer may take its time from here
-            if getattr(self.transport, "unsent_bytes", 0) > _MOST_UNSENT_BYTES:
+            if self._factory.idle_seconds is not None:
+                self._still_since = self._factory.clock()  # its peer may take its time from here
+            if written is False and self.transport.unsent_bytes > _MOST_UNSENT_BYTES:
                 self.transport.on_sent = self._read_on
                 self._hold(_UNREAD, True)
 
@@ -179,6 +178,18 @@ class TaskProtocol(LongLineReceiver):
     def is_owed_something(self) -> bool:
         """Tell whether a request still waits for its reply."""
         return self._session.owes_replies
+
+    def sweep(self, now: float) -> None:
+        """Hang up if the peer has been silent for too long."""
+        first, idle = self._factory.settings.first_line_seconds, self._factory.idle_seconds
+        if self._silent_since is not None:
+            if now - self._silent_since > first:
+                self._silent_since = None
+                self.expire(f"no request came within {first:g} s")
+        elif idle is not None and now - self._still_since > idle:
+            self._still_since = now
+            if not self.is_owed_something:
+                self.expire("")
 
     def expire(self, reason: str) -> None:
         """Hang up on a peer that has been silent for too long, and do not wait for it."""
@@ -273,8 +284,10 @@ class TaskServerFactory(Factory):
         clock: Gives seconds that never go back.
 
     Attributes:
+        clock: As it was given.
+        idle_seconds: How long a connection may stay unused, or None.
         move: Where connections go once they are passed on.
-        on_empty: Called when the last connection has gone.
+        on_empty: Called when the last connection has gone; None: nobody wants to know.
         on_room: Called when a connection has gone, for who waits for room.
         unflushed: Connections that have replies of the batch that is being delivered.
     """
@@ -296,15 +309,13 @@ class TaskServerFactory(Factory):
         self.executor = executor
         self.settings = settings
         self.on_room: Callable[[], None] = lambda: None
-        self.on_empty: Callable[[], None] = lambda: None
+        self.on_empty: Callable[[], None] | None = None
         self.move: Move | None = None
         self._slot = slot
         self._open_everywhere = open_everywhere
-        self._clock = clock
+        self.clock = clock
+        self.idle_seconds = settings.idle_seconds
         self._connections: set[TaskProtocol] = set()
-        # Both in the order of their times, so that only the first has to be looked at.
-        self._silent_since: dict[TaskProtocol, float] = {}
-        self._still_since: dict[TaskProtocol, float] = {}
         self.unflushed: set[TaskProtocol] = set()
         executor.on_delivered = self._flush
 
@@ -331,41 +342,19 @@ class TaskServerFactory(Factory):
         self._connections.add(connection)
         self._slot.connected(len(self._connections))
 
-    def accepted(self, connection: TaskProtocol) -> None:
-        """Watch a connection until its first line has come."""
-        self._silent_since[connection] = self._clock()
-
-    def spoke(self, connection: TaskProtocol) -> None:
-        """Take note of a connection's first line."""
-        self._silent_since.pop(connection, None)
-
-    def stirred(self, connection: TaskProtocol) -> None:
-        """Take note that a connection is in use."""
-        self._still_since.pop(connection, None)
-        self._still_since[connection] = self._clock()
-
     def left(self, connection: TaskProtocol) -> None:
         """Count a connection that went."""
         self._connections.discard(connection)
-        self._silent_since.pop(connection, None)
-        self._still_since.pop(connection, None)
         self._slot.disconnected(len(self._connections))
         self.on_room()
-        if not self._connections:
+        if self.on_empty is not None and not self._connections:
             self.on_empty()
 
     def sweep(self) -> None:
         """Hang up on those who have been silent for too long."""
-        now = self._clock()
-        seconds = self.settings.first_line_seconds
-        for connection in _overdue(self._silent_since, now - seconds):
-            connection.expire(f"no request came within {seconds:g} s")
-        if self.settings.idle_seconds is not None:
-            for connection in _overdue(self._still_since, now - self.settings.idle_seconds):
-                if connection.is_owed_something:
-                    self.stirred(connection)
-                else:
-                    connection.expire("")
+        now = self.clock()
+        for connection in list(self._connections):
+            connection.sweep(now)
 
     def drain(self) -> None:
         """Close every connection once it is owed nothing."""
@@ -413,11 +402,3 @@ class TaskServerFactory(Factory):
         """End every call in flight with an error, on every connection."""
         for connection in list(self._connections):
             connection.abandon(error)
-
-
-def _overdue(since: dict[TaskProtocol, float], oldest: float) -> list[TaskProtocol]:
-    """Take out those whose time is before *oldest*; they stand first."""
-    found = list(itertools.takewhile(lambda item: since[item] < oldest, since))
-    for connection in found:
-        del since[connection]
-    return found

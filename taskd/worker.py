@@ -257,7 +257,6 @@ class _Worker:
         self._executor.on_busy = self._step_back
         if settings.max_tasks is not None:
             self._executor.on_idle = self._rest
-        self._factory.on_empty = self._go_if_done
         self._relay.on_quiet = self._go_if_done
         self._relay.on_filled = self._leave_the_ports
         self._relay.on_freed = self._come_back
@@ -269,9 +268,7 @@ class _Worker:
         adopt_link(self._reactor, link.fileno(), self._link)
         link.close()
         for fd in listening:
-            port = SharedPort(fd, self._factory, self._reactor)
-            port.on_accept = self._leave_the_ports_if_held_up
-            self._ports.append(port)
+            self._ports.append(SharedPort(fd, self._factory, self._reactor))
             os.close(fd)
         self._reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
         self._slot.ready()
@@ -296,6 +293,7 @@ class _Worker:
     def _step_back(self) -> None:
         for port in self._ports:
             port.step_back()
+            port.on_accept = self._leave_the_ports_if_held_up
 
     def _leave_the_ports_if_held_up(self) -> None:
         if self._executor.is_held_up:
@@ -349,7 +347,7 @@ class _Worker:
         if self._is_retired or self._is_stopping:
             return
         self._is_retired = True
-        self._executor.on_idle = self._go_if_done
+        self._executor.on_idle = self._factory.on_empty = self._go_if_done
         self._close_ports()
         self._executor.lane.retire()
         self._executor.hand_over_all()
@@ -362,7 +360,7 @@ class _Worker:
         if self._is_stopping:
             return
         self._is_stopping = True
-        self._executor.on_idle = self._go_if_done
+        self._executor.on_idle = self._factory.on_empty = self._go_if_done
         grace = self._settings.grace_seconds
         self._close_ports()
         # Even a reactor that is held up by a task does not outlive its grace.

@@ -146,9 +146,10 @@ class MemoryTransport(StringTransport):
         self.unsent_bytes = 0
         self.on_sent: Callable[[], None] | None = None
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> bool:
         super().write(data)
         self.writes.append(data)
+        return not self.unsent_bytes
 
     def loseWriteConnection(self) -> None:
         self.is_half_closed = True
