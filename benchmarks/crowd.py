@@ -87,6 +87,10 @@ class _Crowd:
         opened = [
             await asyncio.open_connection("127.0.0.1", self._port) for _ in range(self._connections)
         ]
+        requests = [
+            json.dumps({"id": number, "function": ask.function, "args": ask.args}).encode() + b"\n"
+            for number, ask in enumerate(self._asks)
+        ]
         self._began = time.perf_counter()
         readers = [
             asyncio.create_task(self._read(reader, self._asks[n :: self._connections]))
@@ -96,8 +100,7 @@ class _Crowd:
             wait = ask.at - (time.perf_counter() - self._began)
             if wait > 0:
                 await asyncio.sleep(wait)
-            request = {"id": number, "function": ask.function, "args": ask.args}
-            opened[number % len(opened)][1].write(json.dumps(request).encode() + b"\n")
+            opened[number % len(opened)][1].write(requests[number])
         _, pending = await asyncio.wait(readers, timeout=ANSWER_SECONDS)
         for _, writer in opened:
             writer.close()

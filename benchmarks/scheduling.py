@@ -101,7 +101,7 @@ def mixed(bench: Bench) -> Iterator[Row]:
             name=name or "p99 of the quick, 16 workers",
             unit="x" if name else "x ideal",
             samples=ratios,
-            target=at_most(3 if name else 1.25),
+            target=at_most(3 if name else 1.5),
             detail="\n".join(details),
         )
 

@@ -116,9 +116,9 @@ class Scoreboard:
                 free += threads - taken
         return free
 
-    def occupied(self) -> list[int]:
-        """Give how many blocking calls each worker has, by slot number."""
-        return self._on_threads.tolist()
+    def occupied(self) -> memoryview:
+        """Give how many blocking calls each worker has, by slot number, as it changes."""
+        return self._on_threads
 
     def connections(self) -> list[int]:
         """Give how many connections each worker holds, by slot number."""

@@ -127,6 +127,7 @@ class Supervisor(Service):
         self._scoreboard_fd = Scoreboard.create(settings.procs)
         self._scoreboard = Scoreboard(self._scoreboard_fd)
         self._slot: SupervisorSlot = self._scoreboard.supervisor_slot()
+        self._slots = [self._scoreboard.slot(n) for n in range(self._scoreboard.slots + 1)]
         self._slot.open(os.getpid(), self.clock())
         self._slot.ready()
         self.dispatcher = Dispatcher(
@@ -173,7 +174,7 @@ class Supervisor(Service):
             self._listening.close()
         self._zygotes.stop()
         self._removals.close()
-        busy = sum(self._scoreboard.slot(w.number).is_working for w in self._workers.values())
+        busy = sum(self._slots[w.number].is_working for w in self._workers.values())
         if busy or self.dispatcher.waiting:
             self._log.info(
                 "busy workers: {busy}, tasks that wait: {waiting}; they get {grace:g} s",
@@ -317,7 +318,7 @@ class Supervisor(Service):
 
     def worker_gone(self, worker: Worker) -> None:
         """Replace a worker whose link has ended: it is dead, or as good as dead."""
-        slot = self._scoreboard.slot(worker.number)
+        slot = self._slots[worker.number]
         # One that its task has killed did not die of its start, however young.
         lived = YOUNG_SECONDS if slot.is_working else worker.lived_seconds(self.clock())
         slot.close()
@@ -405,7 +406,7 @@ class Supervisor(Service):
         if asks:
             self._next_beat = now + _BEAT_SECONDS
         for worker in list(self._workers.values()):
-            slot = self._scoreboard.slot(worker.number)
+            slot = self._slots[worker.number]
             # The others have nothing to see to, and are left asleep.
             if asks and (self._settings.max_rss_bytes or slot.is_in_use):
                 worker.ask_for_beat(now, slot.beat)
