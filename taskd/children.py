@@ -88,6 +88,7 @@ class Worker(Link):
         cause: Why a successor was asked for; None: it is to go on.
         is_retired: True once it was told to leave everything to the others.
         is_hung: True once it is to be killed because it does not answer.
+        is_killed: True once it is killed because the daemon stops.
         is_gone: True once its link has ended.
         is_orphan: True if its zygote is dead, and so this process its parent.
     """
@@ -115,6 +116,7 @@ class Worker(Link):
         self.cause: Cause | None = None
         self.is_retired = False
         self.is_hung = False
+        self.is_killed = False
         self.is_gone = False
         self.is_orphan = False
         self._asked_at = 0.0

@@ -267,6 +267,7 @@ class TaskProtocol(LongLineReceiver):
                 self._cut_off_after(_HANG_UP_SECONDS)
         else:
             self._cut_off_after(_HANG_UP_SECONDS)
+            self._factory.parting(self)
             half_close()
 
 
@@ -316,6 +317,7 @@ class TaskServerFactory(Factory):
         self.clock = clock
         self.idle_seconds = settings.idle_seconds
         self._connections: set[TaskProtocol] = set()
+        self._parting: set[TaskProtocol] = set()
         self.unflushed: set[TaskProtocol] = set()
         executor.on_delivered = self._flush
 
@@ -340,12 +342,18 @@ class TaskServerFactory(Factory):
     def joined(self, connection: TaskProtocol) -> None:
         """Count a connection that came."""
         self._connections.add(connection)
-        self._slot.connected(len(self._connections))
+        self._slot.connected(len(self._connections) - len(self._parting))
+
+    def parting(self, connection: TaskProtocol) -> None:
+        """Count no longer a connection that has had its last word, and waits for its peer to go."""
+        self._parting.add(connection)
+        self._slot.disconnected(len(self._connections) - len(self._parting))
 
     def left(self, connection: TaskProtocol) -> None:
         """Count a connection that went."""
         self._connections.discard(connection)
-        self._slot.disconnected(len(self._connections))
+        self._parting.discard(connection)
+        self._slot.disconnected(len(self._connections) - len(self._parting))
         self.on_room()
         if self.on_empty is not None and not self._connections:
             self.on_empty()

@@ -151,7 +151,7 @@ class Session:
     def _find_elsewhere(self, name: str, args: Args) -> tuple[Function, list[Any], dict[str, Any]]:
         """Let a name and arguments pass that another worker, of newer code perhaps, knows."""
         if self._is_draining:
-            raise ShuttingDown("this worker is stopping; send the request again")
+            raise ShuttingDown("the daemon is stopping; the task was not started")
         function = Function(name, _run_elsewhere, Kind.THREAD)
         return (function, [], args) if isinstance(args, dict) else (function, args, {})
 

@@ -186,7 +186,9 @@ class Supervisor(Service):
             worker.stop()
         grace = self._settings.grace_seconds
         self._reactor.callLater(grace, self.dispatcher.refuse_all)
-        self._reactor.callLater(grace + _KILL_AFTER_GRACE_SECONDS, self._kill_all)
+        self._reactor.callLater(
+            grace + _KILL_AFTER_GRACE_SECONDS, self._kill_all, "its grace is over"
+        )
         self._check_stopped()
         return self._stopped
 
@@ -194,7 +196,7 @@ class Supervisor(Service):
         """Stop now, without waiting for the tasks that run."""
         if self._stopped is not None:
             self._log.warn("told again to stop: what runs is killed")
-            self._kill_all()
+            self._kill_all("told again to stop")
 
     def zygote_loaded(self, is_reload: bool) -> None:
         """Have the workers forked that are missing; after a reload, all."""
@@ -358,7 +360,7 @@ class Supervisor(Service):
                 pid=pid,
                 cause=worker.cause.name.lower().replace("_", "-"),
             )
-        elif status or self._stopped is None:
+        elif (status or self._stopped is None) and not worker.is_killed:
             self._log.warn(
                 "worker {number} (pid {pid}) {died}",
                 number=worker.number,
@@ -452,9 +454,10 @@ class Supervisor(Service):
         else:
             worker.zygote.kill(worker.pid, number)
 
-    def _kill_all(self) -> None:
+    def _kill_all(self, why: str) -> None:
         for worker in list(self._workers.values()):
-            self._log.warn("worker {number} is killed: its grace is over", number=worker.number)
+            self._log.warn("worker {number} is killed: {why}", number=worker.number, why=why)
+            worker.is_killed = True
             self.kill(worker)
         if self._workers:
             self._reactor.callLater(_KILL_AFTER_GRACE_SECONDS, self._kill_zygotes)

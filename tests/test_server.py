@@ -454,6 +454,19 @@ class CrowdTests(ServerTestCase):
         protocol.dataReceived(line_of("echo", 1))
         self.assertEqual(transport.messages, [1])
 
+    def test_who_was_turned_away_takes_no_room(self) -> None:
+        """A peer that has had its last word does not count, however long it stays."""
+        first, _ = self.daemon.connect()
+        self.daemon.connect()
+        turned_away, _ = self.daemon.connect()
+        self.assertEqual(self.daemon.slot.status(0.0)["connections"], 2)
+        first.connectionLost(connectionDone)
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(line_of("echo", 1))
+        self.assertEqual(transport.messages, [1])
+        turned_away.connectionLost(connectionDone)
+        self.assertEqual(self.daemon.slot.status(0.0)["connections"], 2)
+
 
 class FullTests(ServerTestCase):
     """Connections that are not read from for a while."""
