@@ -105,7 +105,7 @@ class Worker(Link):
                 b"progress": self._progressed,
                 b"ask": lambda _: parent.dispatcher.ask(self, parent.clock()),
                 b"replace": lambda rest: parent.worker_worn(self, Cause[rest.decode()]),
-                b"moved": lambda rest: parent.connection_moved(*self.take_connection(rest)),
+                b"moved": self._moved,
                 b"leaving": lambda _: parent.worker_leaving(self),
             }
         )
@@ -193,6 +193,11 @@ class Worker(Link):
     def _ended(self, rest: bytes) -> None:
         number, _, reply = rest.partition(b" ")
         self._parent.dispatcher.ended(self, int(number), reply, self._parent.clock())
+
+    def _moved(self, rest: bytes) -> None:
+        fd, unread = self.take_connection(rest)
+        if fd is not None:
+            self._parent.connection_moved(fd, unread)
 
     def _progressed(self, rest: bytes) -> None:
         number, _, line = rest.partition(b" ")
@@ -408,8 +413,11 @@ class Zygote(ProcessProtocol):
 
     def link_received(self, message: dict[str, Any], fds: list[int]) -> None:
         """Take a message that came over the link."""
-        if "forked" in message:
+        if "forked" in message and fds:
             self._parent.worker_forked(self, message["forked"], message["pid"], fds.pop(0))
+        elif "forked" in message:  # the kernel has closed what came with it
+            self.kill(message["pid"], signal.SIGKILL)
+            self._parent.worker_not_forked(message["forked"], "too many open files")
         elif "exited" in message:
             self._parent.worker_exited(message["exited"], message["status"])
         elif "unforked" in message:

@@ -232,6 +232,8 @@ class Dispatcher:
             self._peers[peer].has_declined = True
             if task.is_unwanted:
                 self._drop(task)
+            elif self._is_closed:
+                self._fail(task, ShuttingDown("the daemon is stopping; the task was not started"))
             else:
                 task.runner = None
                 self._enqueue(task)

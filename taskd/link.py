@@ -46,6 +46,7 @@ from typing import Any, Final
 
 from twisted.internet import unix
 from twisted.internet.interfaces import IFileDescriptorReceiver
+from twisted.logger import Logger
 from zope.interface import implementer
 
 from taskd.lines import EagerWrites, LongLineReceiver, OneConnection
@@ -116,6 +117,7 @@ class Link(LongLineReceiver):
         readers: What takes each message, by its verb.
     """
 
+    _link_log = Logger(namespace="taskd.link")
     MAX_LENGTH = sys.maxsize
 
     def __init__(self, readers: dict[bytes, Reader]) -> None:
@@ -152,9 +154,19 @@ class Link(LongLineReceiver):
             self.transport.write(message[sent:])
         return True
 
-    def take_connection(self, rest: bytes) -> tuple[int, bytes]:
-        """Give the connection that has come with a message, and what was read from it."""
-        return self._fds.pop(0), b64decode(rest)
+    @property
+    def has_unsent(self) -> bool:
+        """Tell whether something waits until the other end reads."""
+        return bool(self.connected and getattr(self.transport, "has_unsent", False))
+
+    def take_connection(self, rest: bytes) -> tuple[int | None, bytes]:
+        """
+        Give the connection that has come with a message, and what was read from it.
+
+        None instead of the connection: this process has as many descriptors open
+        as it may, and the kernel has closed it.
+        """
+        return self._fds.pop(0) if self._fds else None, b64decode(rest)
 
     def fileDescriptorReceived(self, descriptor: int) -> None:
         """Keep a connection until its message is complete."""
@@ -163,7 +175,13 @@ class Link(LongLineReceiver):
     def lineReceived(self, line: bytes) -> None:
         """Have a message taken by who is there for its verb."""
         verb, _, rest = line.partition(b" ")
-        self._readers[verb](rest)
+        reader = self._readers.get(verb)
+        if reader is None:  # the other end is of another version
+            self._link_log.warn(
+                "nobody here knows the message {verb}", verb=verb.decode(errors="replace")
+            )
+        else:
+            reader(rest)
 
     def close_strays(self) -> None:
         """Close what came without its message."""

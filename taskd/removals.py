@@ -32,6 +32,7 @@ class Removals:
 
     def __init__(self) -> None:
         self._homeless: deque[tuple[int, bytes]] = deque()
+        self._on_their_way: dict[int, int] = {}
         self._is_closed = False
 
     def take(self, fd: int, unread: bytes) -> None:
@@ -57,16 +58,20 @@ class Removals:
         """
         if not self._homeless:
             return
-        held, free = connections(), list(homes)
+        held, free, given = connections(), list(homes), self._on_their_way
         while self._homeless and free:
-            home = min(free, key=lambda one: held[one.number])
+            home = min(free, key=lambda one: held[one.number] + given.get(one.number, 0))
             fd, unread = self._homeless[0]
             if home.adopt(fd, unread):
-                held[home.number] += 1
+                given[home.number] = given.get(home.number, 0) + 1
                 os.close(fd)
                 self._homeless.popleft()
             else:
                 free.remove(home)  # there is no room on its link for the moment
+
+    def have_arrived(self) -> None:
+        """Take it that what was given is now among what its worker holds."""
+        self._on_their_way.clear()
 
     def close(self) -> None:
         """Close what has no worker, and what may still come: nobody serves any more."""

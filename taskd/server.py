@@ -218,7 +218,8 @@ class TaskProtocol(LongLineReceiver):
         move, give_away = self._factory.move, getattr(self.transport, "give_away", None)
         if move is None or give_away is None or self._has_peer_ended or self._is_hanging_up:
             return
-        if self._is_receiving:  # the rest of what has come is in nobody's buffer
+        # What is being taken is in nobody's buffer; and who has not asked yet has its time here.
+        if self._is_receiving or self._silent_since is not None:
             return
         self.flush()
         if self._session.can_move:

@@ -263,6 +263,9 @@ class Supervisor(Service):
         if self._stopped is not None or worker.is_retired:  # nothing is to be given to it
             return
         self.dispatcher.join(worker, self.clock())
+        for worn in self._worn:
+            if worn.cause is Cause.RELOAD and worker.cause is None:
+                self.dispatcher.close(worn)  # it may not know what newer code hands over
         self._retire_worn()
         self._house()
         if not self._has_been_whole:
@@ -415,6 +418,7 @@ class Supervisor(Service):
             silent_since = worker.silent_since(slot.beat)
             if not (worker.is_gone or worker.is_hung) and is_hung(now, silent_since, slot.due):
                 self._end_hung(worker, slot.task)
+        self._removals.have_arrived()
         self._house()
         self._let_go()
 

@@ -51,6 +51,8 @@ _TITLE_ROOM: Final = 64
 _REFUSALS_SECONDS: Final = 0.1
 """How long the supervisor may take, at the end of the grace, to refuse what was never started."""
 
+_CUT_OFF_SECONDS: Final = 30.0
+
 _FLUSH_SECONDS: Final = 0.1
 """How long the last replies get to leave after the grace is over."""
 
@@ -250,7 +252,7 @@ class _Worker:
         )
         self._ports: list[SharedPort] = []
         self._wear = Wear(settings, self._slot.ended, random.random)
-        self._is_asking_for_replacement = False
+        self._replaced_for: Cause | None = None
         self._is_stopping = self._is_retired = False
         self._has_said_so = self._may_go = False
         self._done: Deferred[None] = Deferred()
@@ -322,15 +324,21 @@ class _Worker:
 
     def _lose_a_thread(self) -> None:
         self._executor.hand_over_all()
+        self._slot.drain()  # it looks idle to nobody
         self._ask_for_replacement(Cause.TIME_LIMIT)
 
     def _ask_for_replacement(self, cause: Cause) -> None:
-        if not self._is_asking_for_replacement:
-            self._is_asking_for_replacement = True
+        # A lost thread is worth a second message: nothing is to be given to this worker then.
+        if self._replaced_for is None or (
+            cause is Cause.TIME_LIMIT and self._replaced_for is not cause
+        ):
+            self._replaced_for = cause
             self._tell(b"replace %s\n" % cause.name.encode())
 
     def _adopt(self, rest: bytes) -> None:
         fd, unread = self._link.take_connection(rest)
+        if fd is None:
+            return
         if self._ports and not self._is_stopping:
             self._ports[0].adopt(fd, unread)
         else:
@@ -352,8 +360,13 @@ class _Worker:
         self._executor.lane.retire()
         self._executor.hand_over_all()
         self._factory.pass_on(partial(self._link.give_connection, b"moved"))
-        self._reactor.callLater(self._settings.grace_seconds, self._factory.cut_off)
+        self._reactor.callLater(self._settings.grace_seconds, self._cut_off)
         self._go_if_done()
+
+    def _cut_off(self) -> None:
+        """See to it, now and then, that nobody who does not read keeps this process alive."""
+        self._factory.cut_off()
+        self._reactor.callLater(_CUT_OFF_SECONDS, self._cut_off)
 
     def stop(self) -> None:
         """Start nothing more, finish within the grace, and end."""
@@ -400,7 +413,9 @@ class _Worker:
             and self._executor.is_idle
             and self._relay.is_quiet
         ):
-            if self._may_go:
+            if self._may_go and self._link.has_unsent:
+                self._reactor.callLater(_FLUSH_SECONDS, self._go_if_done)  # others' replies
+            elif self._may_go:
                 self._end()
             elif not self._has_said_so:
                 self._has_said_so = True

@@ -112,9 +112,15 @@ class MessageTests(LinkTestCase):
         self.assertEqual(self.said, [("run", b"1 - a line "), ("nothing", b""), ("run", b"2")])
 
     def test_an_unknown_verb(self) -> None:
-        """A verb that nobody reads is an error: both ends are of one version."""
+        """A verb that nobody reads, of another version, is passed over; what follows is read."""
         self.connect()
-        self.assertRaises(KeyError, self.link.dataReceived, b"greet\n")
+        self.link.dataReceived(b"greet\nrun 1\n")
+        self.assertEqual(self.said, [("run", b"1")])
+
+    def test_a_connection_that_the_kernel_has_closed(self) -> None:
+        """A message whose descriptor did not fit into this process comes without it."""
+        self.connect()
+        self.assertEqual(self.link.take_connection(b"YQ=="), (None, b"a"))
 
     def test_a_long_one(self) -> None:
         """A message may have any length."""

@@ -533,6 +533,7 @@ class MoveTests(ServerTestCase):
         super().setUp()
         self.moved: list[tuple[Any, bytes]] = []
         self.takes = True
+        self.protocol.dataReceived(b"\n")
 
     def move(self, socket: Any, unread: bytes) -> bool:
         if self.takes:
@@ -544,7 +545,8 @@ class MoveTests(ServerTestCase):
 
     def test_nothing_is_owed(self) -> None:
         """Connections that are owed nothing go at once, and their peers notice nothing."""
-        _, other = self.daemon.connect()
+        protocol, other = self.daemon.connect()
+        protocol.dataReceived(b"\n")
         self.pass_on()
         self.assertCountEqual(self.moved, [(self.transport, b""), (other, b"")])
         self.assertEqual(self.daemon.factory.open_connections, 0)
@@ -552,6 +554,14 @@ class MoveTests(ServerTestCase):
             self.assertFalse(transport.disconnecting)
             self.assertFalse(transport.is_half_closed)
             self.assertEqual(transport.writes, [])
+
+    def test_one_that_has_not_asked_yet(self) -> None:
+        """A connection stays, with the time that it has for its first line, until that comes."""
+        protocol, transport = self.daemon.connect()
+        self.pass_on()
+        self.assertNotIn((transport, b""), self.moved)
+        protocol.dataReceived(b'\n{"func')
+        self.assertIn((transport, b'\n{"func'), self.moved)
 
     def test_what_was_read_goes_with_it(self) -> None:
         """The beginning of a line that has come goes with the connection."""

@@ -351,8 +351,9 @@ def not_json(kind: str) -> Any:
 
 
 @task
-def letters(number: int) -> str:
-    """Return that many letters."""
+def letters(number: int, seconds: float = 0.0) -> str:
+    """Return that many letters, after a while."""
+    time.sleep(seconds)
     return "x" * number
 
 

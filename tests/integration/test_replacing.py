@@ -392,6 +392,22 @@ class StopTests(DaemonTestCase):
         self.assertIn(daemon.wait_for_exit(), (0, -signal.SIGTERM))
         self.assertNotIn("is killed", daemon.log)
 
+    def test_long_replies(self) -> None:
+        """What a worker has run for another one's caller is all sent before it goes."""
+        daemon = self.start()
+        callers = self.connect_to_each(daemon)
+        paths = {n: self.begin(daemon, caller, "hold", id="hold") for n, caller in callers.items()}
+        for number in range(3):
+            callers[1].request("letters", [4_000_000, 0.3], id=number)
+        self.wait_for_waiting(daemon, 3)
+        callers[2].close()
+        daemon.signal(signal.SIGTERM)
+        self.wait_for_log(daemon, "tasks that wait: 3")
+        Path(paths[2]).touch()  # it runs them all, and has nothing else to stay for
+        replies = callers[1].replies_by_id(3)
+        self.assertEqual({len(reply.get("result", "")) for reply in replies.values()}, {4_000_000})
+        Path(paths[1]).touch()
+
     def test_of_two_workers(self) -> None:
         """Tasks of two workers' callers that wait at the stop are run by whoever is free."""
         daemon = self.start()
