@@ -179,6 +179,11 @@ class TaskProtocol(LongLineReceiver):
         """Tell whether a request still waits for its reply."""
         return self._session.owes_replies
 
+    @property
+    def is_silent(self) -> bool:
+        """Tell whether its first line has not come yet."""
+        return self._silent_since is not None
+
     def sweep(self, now: float) -> None:
         """Hang up if the peer has been silent for too long."""
         first, idle = self._factory.settings.first_line_seconds, self._factory.idle_seconds
@@ -402,9 +407,9 @@ class TaskServerFactory(Factory):
         self.loop.callLater(pause, self._hold_still, longer)
 
     def cut_off(self) -> None:
-        """Close every connection that is owed nothing but what its peer does not read."""
+        """Close those whose peers do not read; who has not asked yet has a limit of its own."""
         for connection in list(self._connections):
-            if not connection.is_owed_something:
+            if not (connection.is_owed_something or connection.is_silent):
                 connection.transport.abortConnection()
 
     def abandon(self, error: CallError) -> None:

@@ -720,13 +720,16 @@ class MoveTests(ServerTestCase):
         self.assertEqual(self.daemon.factory.open_connections, 2)
 
     def test_cut_off(self) -> None:
-        """Cutting off ends the connections that are owed nothing, and no others."""
-        _, other = self.daemon.connect()
+        """Cutting off ends those that have asked and are owed nothing, and no others."""
+        protocol, other = self.daemon.connect()
+        protocol.dataReceived(b"\n")
+        _, silent = self.daemon.connect()
         self.protocol.dataReceived(line_of("later"))
         self.takes = False
         self.pass_on()
         self.daemon.factory.cut_off()
-        self.assertEqual((self.transport.disconnected, other.disconnected), (False, True))
+        cut_off = [t.disconnected for t in (self.transport, other, silent)]
+        self.assertEqual(cut_off, [False, True, False])
 
 
 class LostTests(ServerTestCase):
