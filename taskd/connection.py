@@ -387,7 +387,6 @@ class Asked:
         self._function = function
         self._args: Args = list(args) if isinstance(args, tuple) else args
         self._terms = terms
-        self._timeout = terms.timeout
         self._on_progress = on_progress
         self._began = reactor.seconds()
         self.failure = self._why_not()
@@ -428,15 +427,17 @@ class Asked:
 
         gate: Gate = Deferred(leave)
         gates.append(gate)
-        if self._timeout is not None:
-            timer = self._reactor.callLater(self._timeout, self._expire, gate, leave)
+        if self._terms.timeout is not None:
+            timer = self._reactor.callLater(self._terms.timeout, self._expire, gate, leave)
             stopping(timer, gate)
         return gate.addCallback(self.send)
 
     def _expire(self, gate: Gate, leave: Callable[[Gate], None]) -> None:
         leave(gate)
         gate.errback(
-            TimeLimitExceeded(f"no connection for {self._function} within {self._timeout:g} s")
+            TimeLimitExceeded(
+                f"no connection for {self._function} within {self._terms.timeout:g} s"
+            )
         )
 
 

@@ -173,7 +173,11 @@ class Executor:
         if function.kind is not Kind.THREAD:
             self._start_here(call, pending, now)
             return
-        if lane.is_wary and self.pool is not None and lane.sends_on(call.terms.priority):
+        if (
+            (lane.is_wary or call.terms is not NO_TERMS)
+            and self.pool is not None
+            and lane.sends_on(call.terms.priority)
+        ):
             self._hand_over([call])
             return
         if self._threads_to_start and not self._start_thread():
@@ -194,19 +198,11 @@ class Executor:
             self._look()
 
     def _admits(self, call: Call, now: float) -> bool:
-        """See to what a caller has asked for beside the task; tell whether it may start here."""
-        terms = call.terms
-        if terms.timeout is not None and call.deadline is None:
-            call.deadline = now + terms.timeout
+        """Have the time run that a caller gives a call; tell whether any is left."""
+        if call.terms.timeout is not None and call.deadline is None:
+            call.deadline = now + call.terms.timeout
         if call.deadline is not None and call.deadline <= now:  # it was on its way for too long
             self._deadlines.keep(call)
-            return False
-        if (
-            call.function.kind is Kind.THREAD
-            and self.pool is not None
-            and self.lane.sends_on(terms.priority)
-        ):
-            self._hand_over([call])
             return False
         return True
 
@@ -227,9 +223,8 @@ class Executor:
 
     def send_on(self, call: Call) -> None:
         """Have others run a call, whatever it is."""
-        if call.terms.timeout is not None:
-            call.deadline = self._clock() + call.terms.timeout
-        self._hand_over([call])
+        if self._admits(call, self._clock()):
+            self._hand_over([call])
 
     # What cannot be stopped.
 

@@ -161,8 +161,7 @@ class TaskProtocol(LongLineReceiver):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Leave the factory's connections; what runs goes on."""
         self.connected = 0
-        if self._linger is not None and self._linger.active():
-            self._linger.cancel()
+        self._stop_waiting()
         self._session.lost()
         self._factory.left(self)
 
@@ -204,10 +203,13 @@ class TaskProtocol(LongLineReceiver):
             self.transport.loseConnection()
         self._cut_off_after(_LINGER_SECONDS)
 
-    def _cut_off_after(self, seconds: float) -> None:
-        """Do not wait for a peer for ever; what was waited before counts no longer."""
+    def _stop_waiting(self) -> None:
         if self._linger is not None and self._linger.active():
             self._linger.cancel()
+
+    def _cut_off_after(self, seconds: float) -> None:
+        """Do not wait for a peer for ever; what was waited before counts no longer."""
+        self._stop_waiting()
         self._linger = self._factory.loop.callLater(seconds, self.transport.abortConnection)
 
     # Going on at another worker.
@@ -345,21 +347,26 @@ class TaskServerFactory(Factory):
         most = self.settings.max_connections
         return most is not None and self._open_everywhere() > most
 
+    @property
+    def _counted(self) -> int:
+        """How many connections are in use: those that have had their last word are not."""
+        return len(self._connections) - len(self._parting)
+
     def joined(self, connection: TaskProtocol) -> None:
         """Count a connection that came."""
         self._connections.add(connection)
-        self._slot.connected(len(self._connections) - len(self._parting))
+        self._slot.connected(self._counted)
 
     def parting(self, connection: TaskProtocol) -> None:
         """Count no longer a connection that has had its last word, and waits for its peer to go."""
         self._parting.add(connection)
-        self._slot.disconnected(len(self._connections) - len(self._parting))
+        self._slot.disconnected(self._counted)
 
     def left(self, connection: TaskProtocol) -> None:
         """Count a connection that went."""
         self._connections.discard(connection)
         self._parting.discard(connection)
-        self._slot.disconnected(len(self._connections) - len(self._parting))
+        self._slot.disconnected(self._counted)
         self.on_room()
         if self.on_empty is not None and not self._connections:
             self.on_empty()

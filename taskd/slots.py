@@ -179,6 +179,7 @@ class Slot:
     def run(self, label: bytes, now: float) -> None:
         """Show which of the tasks that were taken on runs; then as ``enter``."""
         self._current = (label, now)
+        # This is ``enter``, written out: it is called for every blocking task.
         if label is not self._label:
             self._label = label
             self._name[:] = label
@@ -217,6 +218,7 @@ class Slot:
         words = self._words
         self._on_threads -= 1
         words[ON_THREADS] = self._on_threads
+        # Counted as in ``leave``, written out for the same reason as in ``run``.
         words[_FAILED if failed else _DONE] += 1
         bucket = int(seconds * 1e6).bit_length()
         words[_LATENCY + bucket if bucket < _BUCKETS else _SLOWEST] += 1

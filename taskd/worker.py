@@ -253,12 +253,12 @@ class _Worker:
         self._ports: list[SharedPort] = []
         self._wear = Wear(settings, self._slot.ended, random.random)
         self._replaced_for: Cause | None = None
-        self._is_stopping = self._is_retired = False
+        self._is_stopping = self._is_retired = self._is_shutting_down = False
         self._has_said_so = self._may_go = False
         self._done: Deferred[None] = Deferred()
         self._executor.on_busy = self._step_back
         if settings.max_tasks is not None:
-            self._executor.on_idle = self._rest
+            self._executor.on_idle = partial(self._replace_if_worn, measure=False)
         self._relay.on_quiet = self._go_if_done
         self._relay.on_filled = self._leave_the_ports
         self._relay.on_freed = self._come_back
@@ -311,10 +311,6 @@ class _Worker:
     def _come_back(self) -> None:
         for port in self._ports:
             port.come_back()
-
-    def _rest(self) -> None:
-        self._replace_if_worn(measure=False)
-        self._go_if_done()
 
     def _replace_if_worn(self, *, measure: bool) -> None:
         rss = resident_bytes() if measure and self._settings.max_rss_bytes is not None else 0
@@ -436,8 +432,6 @@ class _Worker:
         if not self._done.called:
             self.stop()
         return self._done
-
-    _is_shutting_down = False
 
     def observe(self, event: LogEvent) -> None:
         """Send what is logged here to the supervisor, who has the log."""

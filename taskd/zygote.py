@@ -178,14 +178,13 @@ class _Zygote:
     def _fork(self, number: int) -> None:
         try:
             theirs, ours = socket.socketpair()
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                theirs.close()
+                raise
         except OSError as error:
-            self._tell(unforked=number, reason=str(error))
-            return
-        try:
-            pid = os.fork()
-        except OSError as error:
-            ours.close()
-            theirs.close()
             self._tell(unforked=number, reason=str(error))
             return
         if pid == 0:
