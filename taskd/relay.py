@@ -55,6 +55,7 @@ class Relay:
         self._ticket_of: dict[Call, int] = {}
         self._here: dict[int, Call] = {}
         self._number_of: dict[Call, int] = {}
+        self._given_back = 0
         self.on_filled: Callable[[], None] = lambda: None
         self.on_freed: Callable[[], None] = lambda: None
         self.on_stuck: Callable[[], None] = lambda: None
@@ -98,6 +99,7 @@ class Relay:
             call.abandon = None
             call.deadline = None  # the supervisor keeps the time now
             call.stop_timer()
+            self._given_back += 1
             return b"returned %d\n" % number
         self._tickets += 1
         self._out[self._tickets] = call
@@ -112,7 +114,8 @@ class Relay:
 
     def waits(self) -> int:
         """Tell how many tasks of all workers wait."""
-        return self._scoreboard.waiting
+        # What was given back is on its way to the queue, and comes there before our question.
+        return self._scoreboard.waiting or self._given_back
 
     def idle(self) -> int:
         """Tell how many blocking tasks the other workers could start now."""
@@ -120,6 +123,7 @@ class Relay:
 
     def ask(self) -> None:
         """Ask for a task that waits."""
+        self._given_back = 0
         self._tell(b"ask\n")
 
     def filled(self) -> None:
