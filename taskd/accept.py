@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
 from twisted.internet import tcp
-from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IAddress, IDelayedCall, IProtocol, IReadDescriptor
@@ -29,6 +29,7 @@ from zope.interface import implementer
 
 from taskd.lines import EagerWrites
 from taskd.policy import NO_ROOM_PAUSE_SECONDS, accept_pause, connection_ceiling
+from taskd.throttle import Throttle
 
 __all__ = ["Accepting", "EagerServer", "Guest", "SharedPort", "SharingReactor"]
 
@@ -42,8 +43,8 @@ class Guest(Protocol):
     def accepted(self) -> None:
         """Take note that the connection has just come."""
 
-    def adopted(self, unread: bytes, /) -> None:
-        """Take note that it came from another process, with what was read from it there."""
+    def adopted(self, luggage: bytes, /) -> None:
+        """Take note that it came from another process, with what that one has sent along."""
 
 
 class Accepting(Protocol):
@@ -97,7 +98,12 @@ class SharingReactor(EPollReactor):
 
 
 class EagerServer(EagerWrites, tcp.Server):  # type: ignore[misc]
-    """A connection that sends at once, and can be given away to another process."""
+    """
+    A connection that sends at once, and can be given away to another process.
+
+    Over a Unix socket as well: Twisted's own class for those would take in the
+    file descriptors that a peer sends along.
+    """
 
     _end: Failure | None = None
     on_sent: Callable[[], None] | None = None
@@ -142,6 +148,9 @@ class EagerServer(EagerWrites, tcp.Server):  # type: ignore[misc]
         return True
 
 
+Wrap = Callable[[Any], Any]
+"""Takes a connection's protocol, and gives what stands between it and its socket."""
+
 _OUT_OF_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -159,6 +168,8 @@ class SharedPort:
         fd: The listening socket, not blocking; it is duplicated.
         factory: Makes the protocols, and knows how many there are.
         reactor: Watches the socket.
+        wrap: Puts TLS between a protocol and its connection; None: it is plain.
+        is_alone: True: no sibling shares the socket, so it is never left to them.
 
     Attributes:
         on_accept: Called when a connection was accepted; None: nobody wants to know.
@@ -166,13 +177,25 @@ class SharedPort:
 
     _log = Logger(namespace="taskd.accept")
 
-    def __init__(self, fd: int, factory: Accepting, reactor: Any) -> None:
+    def __init__(
+        self,
+        fd: int,
+        factory: Accepting,
+        reactor: Any,
+        wrap: Wrap | None = None,
+        *,
+        is_alone: bool = False,
+    ) -> None:
         self.socket = socket.socket(fileno=os.dup(fd))
         self._factory = factory
         self._reactor = reactor
         self._ceiling = connection_ceiling(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        self._address_type = IPv6Address if self.socket.family == socket.AF_INET6 else IPv4Address
-        self._realPortNumber = self.socket.getsockname()[1]  # Twisted's transports show it
+        self._wrap = wrap
+        self._is_alone = is_alone
+        # Twisted's transports show it.
+        name = self.socket.getsockname()
+        self._realPortNumber = name[1] if isinstance(name, tuple) else 0
+        self._throttle = Throttle()
         self._in_a_row = 0
         self._accepted = 0
         self._pause: IDelayedCall | None = None
@@ -199,26 +222,28 @@ class SharedPort:
             if error.errno not in _OUT_OF_ROOM:
                 return  # it was gone before it was ours
             # The siblings may have room for it, and closing it would help nobody.
-            self._log.error("no connection can be accepted: {why}", why=error.strerror)
+            if self._throttle.admit(error.errno, self._reactor.seconds()) is not None:
+                self._log.error("no connection can be accepted: {why}", why=error.strerror)
             self._leave_for(NO_ROOM_PAUSE_SECONDS)
             return
-        self._serve(connection, address).accepted()
+        self._serve(connection, address, self._wrap).accepted()
         self._in_a_row += 1
         held = self._factory.open_connections
-        pause = accept_pause(held, self._in_a_row)
+        pause = 0.0 if self._is_alone else accept_pause(held, self._in_a_row)
         if pause or held >= self._ceiling:
             self._leave_for(pause)
         if self.on_accept is not None:
             self.on_accept()
 
-    def _serve(self, connection: socket.socket, address: Any) -> Guest:
-        protocol = self._factory.buildProtocol(self._address_type("TCP", *address))
+    def _serve(self, connection: socket.socket, address: Any, wrap: Wrap | None) -> Guest:
+        protocol = self._factory.buildProtocol(_address_of(connection.family, address))
+        outermost = protocol if wrap is None else wrap(protocol)
         self._accepted += 1
-        protocol.makeConnection(
+        outermost.makeConnection(
             EagerServer(
                 connection,
-                cast(IProtocol, protocol),
-                address,
+                cast(IProtocol, outermost),
+                address or _NO_ADDRESS,
                 cast(Any, self),
                 self._accepted,
                 self._reactor,
@@ -226,13 +251,13 @@ class SharedPort:
         )
         return protocol
 
-    def adopt(self, fd: int, unread: bytes) -> None:
+    def adopt(self, fd: int, luggage: bytes) -> None:
         """
-        Go on with a connection that another process accepted.
+        Go on with a plain connection that another process accepted, from whatever port.
 
         Args:
             fd: The connection; it is the port's from now on.
-            unread: What was read from it and not looked at.
+            luggage: What its protocol has sent along.
         """
         connection = socket.socket(fileno=fd)
         connection.setblocking(False)
@@ -241,7 +266,7 @@ class SharedPort:
         except OSError:
             connection.close()  # its peer has gone meanwhile
             return
-        self._serve(connection, address).adopted(unread)
+        self._serve(connection, address, None).adopted(luggage)
 
     def leave(self) -> None:
         """Accept nothing until ``come_back``, as long as the siblings do."""
@@ -298,3 +323,15 @@ class SharedPort:
             and self._factory.open_connections < self._ceiling
         ):
             self._reactor.add_shared_reader(self)
+
+
+_NO_ADDRESS: Final = ("", 0)
+"""Callers over a Unix socket have no name; Twisted's transports want a pair."""
+
+
+def _address_of(family: int, address: Any) -> IAddress:
+    if family == socket.AF_INET6:
+        return IPv6Address("TCP", *address)
+    if family == socket.AF_INET:
+        return IPv4Address("TCP", *address)
+    return UNIXAddress(address or b"")

@@ -272,7 +272,7 @@ class Function:
         try:
             self._signature.bind(*positional, **keywords)
         except TypeError as error:
-            raise BadArguments(f"{self.name}{self.signature}: {error}") from None
+            raise BadArguments(f"{self.name}{self.signature}: {error!s:.140}") from None
         return positional, keywords
 
 

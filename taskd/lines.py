@@ -7,13 +7,19 @@ No meaning here: what a line says is for the session, the client and the link.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 from twisted.protocols.basic import LineReceiver
+from twisted.python.failure import Failure
 
 __all__ = ["EagerWrites", "LongLineReceiver", "OneConnection"]
+
+
+_FEW_PIECES: Final = 64
+_LEAST_PIECE_BYTES: Final = 1024
+"""Pieces of an unfinished line that are smaller, on average, are joined; each has its price."""
 
 
 class EagerWrites:
@@ -57,6 +63,11 @@ class EagerWrites:
             return False
         return True
 
+    def connectionLost(self, reason: Failure) -> None:
+        """Let go of what nobody will read: a protocol may hold its transport for long."""
+        super().connectionLost(reason)  # type: ignore[misc]
+        self._tempDataBuffer, self._tempDataLen, self.dataBuffer = [], 0, b""
+
 
 class LongLineReceiver(LineReceiver):
     """
@@ -64,8 +75,9 @@ class LongLineReceiver(LineReceiver):
 
     ``LineReceiver`` searches and copies all that it holds for each line, and
     again at each chunk of an unfinished one. Here a chunk is split once, and
-    the pieces of an unfinished line wait in a list. Everything else is as in
-    ``LineReceiver``, pausing included; there is no raw mode.
+    the pieces of an unfinished line wait in a list; tiny ones, which would take
+    30 times the memory of what is in them, are joined now and then. Everything
+    else is as in ``LineReceiver``, pausing included; there is no raw mode.
 
     Source:
         Twisted issues 6356 and 6357: one line of 16 MB takes 1.4 s there.
@@ -82,6 +94,11 @@ class LongLineReceiver(LineReceiver):
     def unread(self) -> bytes:
         """Give what was received and not yet given to ``lineReceived``."""
         return b"".join(self._pieces) + self._buffer
+
+    def forget_unread(self) -> None:
+        """Let go of the memory, once the connection has ended."""
+        self._forget_pieces()
+        self._buffer = b""
 
     @property
     def is_mid_line(self) -> bool:
@@ -130,6 +147,8 @@ class LongLineReceiver(LineReceiver):
                 self._forget_pieces()
                 self.lineLengthExceeded(too_long)  # type: ignore[no-untyped-call]
                 return False
+            if len(self._pieces) > _FEW_PIECES + self._pieces_bytes // _LEAST_PIECE_BYTES:
+                self._pieces = [b"".join(self._pieces)]
         return True
 
     def _forget_pieces(self) -> None:

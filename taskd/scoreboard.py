@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import Counter
 from typing import Any, Final
 
 from taskd.slots import (
@@ -143,6 +144,10 @@ class Scoreboard:
             name: sum(worker[name] for worker in counted)
             for name in ("in_flight", "connections", "accepted", "done", "failed")
         }
+        callers: Counter[str] = Counter()
+        for worker in workers:
+            callers.update(worker["callers"])
+        totals["callers"] = dict(callers)
         totals["workers"] = {
             state: sum(worker["state"] == state for worker in workers) for state in _STATES
         }

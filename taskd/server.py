@@ -10,16 +10,20 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol
+from twisted.internet.error import ConnectionClosed
+from twisted.internet.interfaces import IDelayedCall, IHalfCloseableProtocol, IHandshakeListener
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from taskd.access import Access, Grant
+from taskd.door import Door, Visitor
 from taskd.errors import CallError, Malformed, Overloaded
 from taskd.executor import Executor, Loop
 from taskd.functions import Registry
 from taskd.lines import LongLineReceiver
+from taskd.patience import Patience, Verdict
 from taskd.session import Session
 from taskd.settings import Settings
 from taskd.slots import Slot
@@ -27,7 +31,7 @@ from taskd.slots import Slot
 __all__ = ["Move", "TaskProtocol", "TaskServerFactory"]
 
 Move = Callable[[Any, bytes], bool]
-"""Takes a socket, and what was read from it; tells whether another worker has it now."""
+"""Takes a socket, and what goes along with it; tells whether another worker has it now."""
 
 _LINGER_SECONDS: Final = 2.0
 """How long a peer may go on sending what nobody reads before it is cut off."""
@@ -42,38 +46,42 @@ _HANG_UP_SECONDS: Final = 30.0
 _MOST_UNSENT_BYTES: Final = 64 * 1024
 """A peer that leaves more than this unread is not read from meanwhile."""
 
+_LONGEST_LINE_OF_STRANGERS: Final = 4096
 _REPLIES_AT_ONCE: Final = 64
 
 # Why a connection is not read from.
 _FULL: Final = 1
 _STILL: Final = 2
 _UNREAD: Final = 4
+_IN_QUESTION: Final = 8
 
 _REFUSED_RETRY_SECONDS: Final = 1.0
 
 
-@implementer(IHalfCloseableProtocol)
+@implementer(IHalfCloseableProtocol, IHandshakeListener)
 class TaskProtocol(LongLineReceiver):
     """
     One caller's connection.
 
     A caller that shuts down its sending side (``nc -N``) still gets its replies.
+
+    Args:
+        factory: That of all connections of this worker.
+        address: The peer's.
     """
 
     _log = Logger(namespace="taskd.connection")
 
-    def __init__(self, factory: TaskServerFactory) -> None:
+    def __init__(self, factory: TaskServerFactory, address: Any = None) -> None:
         super().__init__()
         settings = factory.settings
-        self.MAX_LENGTH = settings.max_line_bytes
         self._factory = factory
+        self._visitor = Visitor(factory.door, address)
+        self.turned_down = self._visitor.turned_down
+        grant = factory.door.unasked
+        self.MAX_LENGTH = factory.longest_line(grant)
         self._session = Session(
-            factory.functions,
-            factory.executor,
-            self._write,
-            self._hang_up,
-            self._hold_while_full,
-            settings.max_in_flight,
+            factory.functions, factory.executor, self, settings.max_in_flight, grant
         )
         # One call less for each line.
         self.lineReceived = self._session.receive  # type: ignore[method-assign]
@@ -82,17 +90,23 @@ class TaskProtocol(LongLineReceiver):
         self._linger: IDelayedCall | None = None
         self._has_peer_ended = False
         self._is_hanging_up = False
-        self._silent_since: float | None = None
-        self._still_since = 0.0
+        self._patience = Patience(settings.first_line_seconds, settings.idle_seconds)
         self._holds = 0
+        self._has_shaken_hands = False
 
     def connectionMade(self) -> None:
         """Join the factory's connections."""
         self._factory.joined(self)
 
+    def handshakeCompleted(self) -> None:
+        """Let in whom a certificate tells (``IHandshakeListener``); nothing was read before."""
+        self._has_shaken_hands = True
+        if identity := self.transport.peer_identity:
+            self._admit(self._factory.door.by_certificate(identity))
+
     def accepted(self) -> None:
         """Have the time run in which a request must come; turn the peer away if it is crowded."""
-        self._silent_since = self._factory.clock()
+        self._patience.begin(self._factory.clock())
         if self._factory.is_crowded():
             self._session.turn_away(
                 Overloaded(
@@ -101,9 +115,13 @@ class TaskProtocol(LongLineReceiver):
                 )
             )
 
-    def adopted(self, unread: bytes) -> None:
-        """Go on where another worker has left off, with what was read there."""
-        self._still_since = self._factory.clock()
+    def adopted(self, luggage: bytes) -> None:
+        """Go on where another worker has left off, with what was shown and read there."""
+        self._patience.stir(self._factory.clock())
+        digest, _, unread = luggage.partition(b" ")
+        if digest:
+            # It may not be known any more: then it has to be shown anew.
+            self._admit(self._factory.door.by_digest(digest.decode()))
         if unread:
             self.dataReceived(unread)
 
@@ -111,10 +129,13 @@ class TaskProtocol(LongLineReceiver):
         """Take what came; replies that are ready at once leave in one write."""
         if self._is_hanging_up:
             return
-        if self._silent_since is not None and b"\n" in data:
-            self._silent_since = None
-        if self._factory.idle_seconds is not None:
-            self._still_since = self._factory.clock()
+        if self._patience.awaits_line:
+            # An empty line is no request.
+            self._patience.awaits_line = b"\n" not in (
+                data if self.is_mid_line else data.lstrip(b"\r\n")
+            )
+        if self._factory.idle_seconds is not None and b"\n" in data:
+            self._patience.stir(self._factory.clock())
         is_within = self._is_receiving  # a pause has ended while a line was taken
         self._is_receiving = True
         try:
@@ -135,12 +156,14 @@ class TaskProtocol(LongLineReceiver):
             written = self.transport.write(b"".join(replies) if len(replies) > 1 else replies[0])
             replies.clear()
             if self._factory.idle_seconds is not None:
-                self._still_since = self._factory.clock()  # its peer may take its time from here
+                self._patience.stir(self._factory.clock())  # its peer may take its time from here
             if written is False and self.transport.unsent_bytes > _MOST_UNSENT_BYTES:
                 self.transport.on_sent = self._read_on
+                self._patience.leave_unread(self.transport.unsent_bytes, self._factory.clock())
                 self._hold(_UNREAD, True)
 
     def _read_on(self) -> None:
+        self._patience.all_read()
         self._hold(_UNREAD, False)
 
     def lineLengthExceeded(self, line: bytes) -> None:
@@ -162,7 +185,11 @@ class TaskProtocol(LongLineReceiver):
         """Leave the factory's connections; what runs goes on."""
         self.connected = 0
         self._stop_waiting()
+        if not (self._has_shaken_hands or reason.check(ConnectionClosed)):
+            self._visitor.has_no_handshake(reason)  # plain ones end by nothing but a close
         self._session.lost()
+        self.forget_unread()
+        self._visitor.left()
         self._factory.left(self)
 
     def drain(self) -> None:
@@ -181,19 +208,19 @@ class TaskProtocol(LongLineReceiver):
     @property
     def is_silent(self) -> bool:
         """Tell whether its first line has not come yet."""
-        return self._silent_since is not None
+        return self._patience.awaits_line
 
     def sweep(self, now: float) -> None:
         """Hang up if the peer has been silent for too long."""
-        first, idle = self._factory.settings.first_line_seconds, self._factory.idle_seconds
-        if self._silent_since is not None:
-            if now - self._silent_since > first:
-                self._silent_since = None
-                self.expire(f"no request came within {first:g} s")
-        elif idle is not None and now - self._still_since > idle:
-            self._still_since = now
-            if not self.is_owed_something:
-                self.expire("")
+        unsent = self.transport.unsent_bytes if self._holds & _UNREAD else 0
+        verdict = self._patience.verdict(now, unsent, self.is_owed_something)
+        if verdict is Verdict.UNREAD:
+            self._visitor.does_not_read()
+            self.transport.abortConnection()
+        elif verdict is Verdict.SILENT:
+            self.expire(f"no request came within {self._factory.settings.first_line_seconds:g} s")
+        elif verdict is Verdict.IDLE:
+            self.expire("")
 
     def expire(self, reason: str) -> None:
         """Hang up on a peer that has been silent for too long, and do not wait for it."""
@@ -212,6 +239,31 @@ class TaskProtocol(LongLineReceiver):
         self._stop_waiting()
         self._linger = self._factory.loop.callLater(seconds, self.transport.abortConnection)
 
+    # Who it is.
+
+    def _admit(self, grant: Grant | None) -> None:
+        self._session.admit(grant)
+        self._visitor.is_let_in(grant)
+        self.MAX_LENGTH = self._factory.longest_line(grant)
+
+    def identify(self, token: str, done: Callable[[Grant | None], None]) -> None:
+        """Find out what a token grants, and read nothing meanwhile."""
+
+        def identified(grant: Grant | None) -> None:
+            if self.connected:
+                if grant is not None:
+                    self._admit(grant)
+                done(grant)
+                self._hold(_IN_QUESTION, False)
+
+        self._hold(_IN_QUESTION, True)
+        self._visitor.identify(token, self._factory.loop.callLater, identified)
+
+    def cut_off(self, protocol: str) -> None:
+        """Close at once: a browser must not even learn that there is somebody."""
+        self._visitor.is_foreign(protocol)
+        self.transport.abortConnection()
+
     # Going on at another worker.
 
     def pass_on(self) -> None:
@@ -222,21 +274,27 @@ class TaskProtocol(LongLineReceiver):
 
     def move(self) -> None:
         """Go to another worker, if nothing is owed here."""
-        move, give_away = self._factory.move, getattr(self.transport, "give_away", None)
-        if move is None or give_away is None or self._has_peer_ended or self._is_hanging_up:
-            return
+        move = self._factory.move
         # What is being taken is in nobody's buffer; and who has not asked yet has its time here.
-        if self._is_receiving or self._silent_since is not None:
+        if move is None or self._is_receiving or self.is_silent:
+            return
+        if self._has_peer_ended or self._is_hanging_up or not self._session.can_move:
             return
         self.flush()
-        if self._session.can_move:
-            give_away(lambda socket: move(socket, self.unread))
+        give_away = getattr(self.transport, "give_away", None)
+        if give_away is None:  # TLS
+            self._session.drain()
+        else:
+            grant = self._session.grant
+            token = grant.token.encode() if grant is not None else b""
+            give_away(lambda socket: move(socket, token + b" " + self.unread))
 
     def hold_still(self, is_on: bool) -> None:
         """Read nothing for a moment, so that a peer who always asks may be owed nothing once."""
         self._hold(_STILL, is_on)
 
-    def _hold_while_full(self, is_on: bool) -> None:
+    def hold_while_full(self, is_on: bool) -> None:
+        """Do not read while as many calls are in flight as may be."""
         self._hold(_FULL, is_on)
 
     def _hold(self, reason: int, is_on: bool) -> None:
@@ -247,7 +305,13 @@ class TaskProtocol(LongLineReceiver):
         elif before and not self._holds:
             self.resumeProducing()  # type: ignore[no-untyped-call]
 
-    def _write(self, line: bytes) -> None:
+    def report(self, line: bytes) -> None:
+        """Send a progress message; a peer that is behind with reading has no use for it."""
+        if not self._holds & _UNREAD:
+            self.write(line)
+
+    def write(self, line: bytes) -> None:
+        """Send a line, or keep it until the batch that it belongs to is complete."""
         self._replies.append(line)
         if self._is_receiving:
             if len(self._replies) >= _REPLIES_AT_ONCE:
@@ -258,7 +322,7 @@ class TaskProtocol(LongLineReceiver):
         else:
             self.flush()
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
         """
         Close, in a way that lets the last reply arrive.
 
@@ -272,7 +336,9 @@ class TaskProtocol(LongLineReceiver):
         if self._has_peer_ended or half_close is None:  # TLS has no half of a close
             self.transport.loseConnection()
             if self.connected:  # most have gone by now, and a timer is dear
-                self._cut_off_after(_HANG_UP_SECONDS)
+                # Over TLS a silent peer would never let it end.
+                is_sent = not getattr(self.transport, "has_unsent", True)
+                self._cut_off_after(_LINGER_SECONDS if is_sent else _HANG_UP_SECONDS)
         else:
             self._cut_off_after(_HANG_UP_SECONDS)
             self._factory.parting(self)
@@ -289,11 +355,13 @@ class TaskServerFactory(Factory):
         executor: What runs it.
         slot: Where the worker shows what it does.
         settings: What the operator decided.
+        access: Who may do what.
         open_everywhere: Tells how many connections all workers hold.
         clock: Gives seconds that never go back.
 
     Attributes:
         clock: As it was given.
+        door: Who is let in.
         idle_seconds: How long a connection may stay unused, or None.
         move: Where connections go once they are passed on.
         on_empty: Called when the last connection has gone; None: nobody wants to know.
@@ -310,6 +378,7 @@ class TaskServerFactory(Factory):
         executor: Executor,
         slot: Slot,
         settings: Settings,
+        access: Access,
         open_everywhere: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -323,6 +392,7 @@ class TaskServerFactory(Factory):
         self._slot = slot
         self._open_everywhere = open_everywhere
         self.clock = clock
+        self.door = Door(access, slot, clock)
         self.idle_seconds = settings.idle_seconds
         self._connections: set[TaskProtocol] = set()
         self._parting: set[TaskProtocol] = set()
@@ -340,12 +410,16 @@ class TaskServerFactory(Factory):
 
     def buildProtocol(self, addr: Any) -> TaskProtocol:
         """Make the protocol of a new connection."""
-        return TaskProtocol(self)
+        return TaskProtocol(self, addr)
 
     def is_crowded(self) -> bool:
         """Tell whether there are more connections than the operator allows."""
         most = self.settings.max_connections
         return most is not None and self._open_everywhere() > most
+
+    def longest_line(self, grant: Grant | None) -> int:
+        """Tell how many bytes a line may have of somebody who is known, or not."""
+        return self.settings.max_line_bytes if grant is not None else _LONGEST_LINE_OF_STRANGERS
 
     @property
     def _counted(self) -> int:

@@ -6,19 +6,33 @@ callables that the session was given. Replies to requests with an id leave when
 they are ready; replies without one leave in the order of their requests, since
 nothing else tells them apart. The tasks themselves run side by side.
 
+A caller that has to say who it is may call nothing before; then what its grant
+allows. What a token grants is ``door``'s to tell.
+
 No sockets here, no threads, no clock.
 """
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Protocol
 
 from twisted.internet.defer import Deferred
 
+from taskd.access import AUTH, Grant
 from taskd.call import Call
-from taskd.errors import CallError, Cancelled, LineTooLong, Malformed, ShuttingDown
+from taskd.errors import (
+    BadArguments,
+    CallError,
+    Cancelled,
+    LineTooLong,
+    Malformed,
+    ShuttingDown,
+    Unauthorized,
+)
 from taskd.functions import Function, Kind, Registry
 from taskd.wire import (
     ABSENT,
@@ -30,7 +44,12 @@ from taskd.wire import (
     encode_result,
 )
 
-__all__ = ["Runner", "Session", "session_functions"]
+__all__ = ["Peer", "Runner", "Session", "session_functions"]
+
+_HTTP: Final = re.compile(
+    rb"[A-Z]{2,20} [^ ]* ?HTTP/\d|[A-Za-z][A-Za-z-]*: |[A-Z]{3,20} (/|\*|http)"
+)
+_TLS_HANDSHAKE: Final = b"\x16\x03"
 
 
 class Runner(Protocol):
@@ -49,6 +68,35 @@ class Runner(Protocol):
     def send_on(self, call: Call, /) -> None: ...  # noqa: D102
 
 
+class Peer(Protocol):
+    """The other end of the conversation: a connection, seen from here."""
+
+    def write(self, line: bytes, /) -> None:
+        """Take a whole line."""
+
+    def report(self, line: bytes, /) -> None:
+        """Take a progress message, or drop it if its reader is behind."""
+
+    def hang_up(self) -> None:
+        """
+        Close once all that was written is out.
+
+        Called at most once, and not after ``Session.lost``.
+        """
+
+    def cut_off(self, protocol: str, /) -> None:
+        """Close at once, without a word: it speaks that other protocol."""
+
+    def hold_while_full(self, is_on: bool, /) -> None:
+        """Take whether to stop reading; what has been read may still come."""
+
+    def identify(self, token: str, done: Callable[[Grant | None], None], /) -> None:
+        """Find out what a token grants; nothing is read until that is done."""
+
+    def turned_down(self, name: str, grant: Grant | None, /) -> None:
+        """Take note that a call was not allowed."""
+
+
 class Session:
     """
     The server's side of one connection.
@@ -56,31 +104,29 @@ class Session:
     Args:
         functions: What may be called.
         runner: Runs what is called.
-        write: Takes whole lines for the peer.
-        hang_up: Closes the connection once all that was written is out. Called
-            at most once, and not by the session after ``lost``.
-        hold: Takes whether to stop reading; what has been read may still come.
-        max_in_flight: How many calls may be in flight before it is called.
+        peer: Who asks.
+        max_in_flight: How many calls may be in flight before it is not read from.
+        grant: What may be called, or None: nothing before ``taskd.auth``.
 
     Attributes:
         on_quiet: Called when nothing is owed any more, once the session is passed on.
+        grant: As it was given, or shown since then.
     """
 
     def __init__(
         self,
         functions: Registry,
         runner: Runner,
-        write: Callable[[bytes], None],
-        hang_up: Callable[[], None],
-        hold: Callable[[bool], None],
+        peer: Peer,
         max_in_flight: int,
+        grant: Grant | None,
     ) -> None:
         self._find = functions.find
         self._runner = runner
-        self._write = write
-        self._hang_up = hang_up
-        self._hold = hold
+        self._peer = peer
+        self._write = peer.write
         self._max_in_flight = max_in_flight
+        self.admit(grant)
         self._is_held = False
         self._in_flight: set[Call] = set()
         self._in_order: deque[Call | _Answered] = deque()
@@ -89,12 +135,18 @@ class Session:
         self._is_passed_on = False
         self._is_late = False
         self._is_gone = False
+        self._is_in_question = False
         self.on_quiet: Callable[[], None] = lambda: None
+
+    def admit(self, grant: Grant | None) -> None:
+        """Have what a grant allows be called from now on; None: nothing but ``taskd.auth``."""
+        self.grant = grant
+        self._may_call = _only_auth if grant is None else grant.may_call
 
     @property
     def owes_replies(self) -> bool:
         """Tell whether a request still waits for its reply."""
-        return bool(self._in_flight)
+        return bool(self._in_flight) or self._is_in_question
 
     def receive(self, line: bytes) -> None:
         """
@@ -103,18 +155,24 @@ class Session:
         Args:
             line: Without its line feed. An empty one is a keep-alive.
         """
-        if self._is_ending:
+        if self._is_ending or not line:
             return
         id_json = ABSENT
         try:
             name, args, id_json, terms = decode_request(line)
+            if self._may_call is not None and not self._may_call(name):
+                self._turn_down(name, id_json)
+                return
             if self._is_late and name not in _SESSION_NAMES:
                 function, positional, keywords = self._find_elsewhere(name, args)
             else:
                 function = self._find(name)
                 positional, keywords = function.bind(args)
         except Malformed as error:
-            if line.rstrip(b"\r"):  # else it was a keep-alive
+            if protocol := _other_protocol(line):
+                self._is_ending = True
+                self._peer.cut_off(protocol)
+            elif line.rstrip(b"\r"):  # else it was a keep-alive
                 self._refuse(error.id_json, error)
             return
         except CallError as error:
@@ -131,8 +189,7 @@ class Session:
                 return
             pending = outcome
         elif function.kind is Kind.SESSION:
-            result = function.call(self, *positional, **keywords)
-            self._emit(id_json, encode_result(id_json, result))
+            function.call(self, id_json, *positional, **keywords)
             return
         send_progress = self._send_progress if terms.wants_progress else None
         call = Call(function, positional, keywords, id_json, terms, self._ended, send_progress)
@@ -142,11 +199,23 @@ class Session:
             self._in_order.append(call)
         if len(in_flight) >= self._max_in_flight and not self._is_held:
             self._is_held = True
-            self._hold(True)
+            self._peer.hold_while_full(True)
         if self._is_late:
             self._runner.send_on(call)
         else:
             self._runner.start(call, pending)
+
+    def _turn_down(self, name: str, id_json: str) -> None:
+        """Answer a call that is not allowed; who is not known yet has had its say."""
+        grant = self.grant
+        self._peer.turned_down(name, grant)
+        if grant is None:
+            error = Unauthorized(f"say first who you are: call {AUTH} with a token")
+            self._refuse(id_json, error)
+        else:
+            who = grant.identity or "whoever has not said who it is"
+            error = Unauthorized(f"{who} may not call {name!a:.140}; the daemon's --allow says so")
+            self._emit(id_json, encode_error(id_json, error))
 
     def _find_elsewhere(self, name: str, args: Args) -> tuple[Function, list[Any], dict[str, Any]]:
         """Let a name and arguments pass that another worker, of newer code perhaps, knows."""
@@ -194,7 +263,7 @@ class Session:
     @property
     def can_move(self) -> bool:
         """Tell whether nothing of the conversation is here but what has not been read."""
-        return not (self._in_flight or self._in_order or self._is_ending)
+        return not (self.owes_replies or self._in_order or self._is_ending)
 
     def lost(self) -> None:
         """
@@ -214,18 +283,34 @@ class Session:
         for call in list(self._in_flight):
             call.fail(error)
 
-    def cancel(self, id: Any) -> bool:  # noqa: A002
-        """
-        Cancel what this connection has in flight under an id.
+    # The daemon's functions that concern a connection; each answers for itself.
 
-        Returns:
-            Whether there was anything.
-        """
-        id_json = encode(id)
-        found = [call for call in self._in_flight if call.id_json == id_json]
+    def cancel(self, id_json: str, id: Any) -> None:  # noqa: A002
+        """Cancel what this connection has in flight under an id; tell whether there was any."""
+        wanted = encode(id)
+        found = [call for call in self._in_flight if call.id_json == wanted]
         for call in found:
             call.fail(Cancelled(f"{call.function.name} was cancelled by its caller"))
-        return bool(found)
+        self._emit(id_json, encode_result(id_json, bool(found)))
+
+    def auth(self, id_json: str, token: str) -> None:
+        """Say who calls over this connection; tell the identity that the token stands for."""
+        if isinstance(token, str):
+            self._is_in_question = True
+            self._peer.identify(token, partial(self._identified, id_json))
+        else:
+            error = BadArguments(f"{AUTH}: a token is a string")
+            self._emit(id_json, encode_error(id_json, error))
+
+    def _identified(self, id_json: str, grant: Grant | None) -> None:
+        self._is_in_question = False
+        if self._is_ending:
+            self._hang_up_if_done()
+        elif grant is None:
+            self._refuse(id_json, Unauthorized("nobody has this token"))
+        else:
+            self._emit(id_json, encode_result(id_json, grant.identity or None))
+            self._rest_if_quiet()
 
     def _refuse(self, id_json: str, error: CallError) -> None:
         """Answer what breaks the conversation; nothing behind it is ever looked at."""
@@ -244,11 +329,14 @@ class Session:
         # Half of them: whoever stops for every line splits what has been read each time.
         if self._is_held and 2 * len(self._in_flight) <= self._max_in_flight:
             self._is_held = False
-            self._hold(False)
+            self._peer.hold_while_full(False)
         if not self._in_flight:
-            self._hang_up_if_done()
-            if self._is_passed_on:
-                self.on_quiet()
+            self._rest_if_quiet()
+
+    def _rest_if_quiet(self) -> None:
+        self._hang_up_if_done()
+        if self._is_passed_on and not self.owes_replies:
+            self.on_quiet()
 
     def _emit(self, id_json: str, reply: bytes) -> None:
         if id_json or not self._in_order:
@@ -264,12 +352,14 @@ class Session:
 
     def _send_progress(self, line: bytes) -> None:
         if not self._is_gone:
-            self._write(line)
+            self._peer.report(line)
 
     def _hang_up_if_done(self) -> None:
-        if (self._is_ending or self._is_draining) and not self._in_flight and not self._is_gone:
+        if self._is_gone or not (self._is_ending or self._is_draining):
+            return
+        if not self.owes_replies:
             self._is_gone = self._is_ending = True
-            self._hang_up()
+            self._peer.hang_up()
 
 
 class _Answered:
@@ -285,9 +375,24 @@ def _run_elsewhere(*args: Any, **keywords: Any) -> None:
     """Stand for a function that another worker knows."""
 
 
-_SESSION_NAMES: Final = frozenset({"taskd.cancel"})
+def _only_auth(name: str) -> bool:
+    return name == AUTH
+
+
+def _other_protocol(line: bytes) -> str:
+    """Tell what somebody speaks who has come to the wrong port, or give ''."""
+    if _HTTP.match(line):
+        return "HTTP"
+    return "TLS" if line.startswith(_TLS_HANDSHAKE) else ""
+
+
+_CANCEL: Final = "taskd.cancel"
+_SESSION_NAMES: Final = frozenset({_CANCEL, AUTH})
 
 
 def session_functions() -> list[Function]:
     """Give the daemon's functions that concern the connection they come over."""
-    return [Function("taskd.cancel", Session.cancel, Kind.SESSION, skip=1)]
+    return [
+        Function(_CANCEL, Session.cancel, Kind.SESSION, skip=2),
+        Function(AUTH, Session.auth, Kind.SESSION, skip=2),
+    ]

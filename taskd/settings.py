@@ -61,8 +61,21 @@ class Settings:
     Everything that one daemon was told.
 
     Attributes:
-        port: TCP port, 0 to 65535; 0 lets the kernel choose.
+        port: TCP port, 0 to 65535; 0 lets the kernel choose. None: no port but
+            those of *listen*.
         interface: Address to listen on.
+        listen: Further places to listen at, as descriptions of Twisted endpoints.
+        certificate: Path of the PEM file with the certificate that *port* shows,
+            or *tls_port* if there is one; '': they speak no TLS.
+        key: Path of the PEM file with its private key.
+        tls_port: TCP port that speaks TLS beside a plain *port*, or None.
+        client_ca: Path of the PEM file with the authorities whose certificates
+            callers over TLS must have, or ''.
+        token_file: Path of the file with the tokens that callers show, or ''.
+        allow: What each identity may call: pairs of an identity and names, both
+            as glob patterns. Empty: everybody may call everything.
+        socket_owner: USER, USER:GROUP or :GROUP that Unix sockets are given to, or ''.
+        insecure: True: listen on exposed addresses without asking who calls.
         procs: How many workers, 1 to 1000.
         task_modules: Modules that hold tasks, as dotted names or paths of ``.py`` files.
         preload: False: each worker imports the task modules after its fork.
@@ -83,8 +96,17 @@ class Settings:
         smtp: Where ``send_mail`` delivers to, or None.
     """
 
-    port: int
+    port: int | None
     interface: str = "127.0.0.1"
+    listen: tuple[str, ...] = ()
+    certificate: str = ""
+    key: str = ""
+    tls_port: int | None = None
+    client_ca: str = ""
+    token_file: str = ""
+    allow: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    socket_owner: str = ""
+    insecure: bool = False
     procs: int = 1
     task_modules: tuple[str, ...] = ()
     preload: bool = True
@@ -103,6 +125,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check_range("--port", self.port, 0, 65535)
+        _check_range("--tls-port", self.tls_port, 0, 65535)
+        self._check_tls()
         _check_range("--procs", self.procs, 1, 1000)
         _check_range("--threads", self.threads, 1, 100)
         _check_range("--max-line", self.max_line_bytes, 1024, 1024**3)
@@ -121,6 +145,17 @@ class Settings:
                     f"--tasks: {name!r} is neither a module's dotted name nor a path to a .py file"
                 )
 
+    def _check_tls(self) -> None:
+        if bool(self.certificate) != bool(self.key):
+            raise SettingsError("--tls and --key: give both, the certificate and its private key")
+        if self.tls_port is not None and not self.certificate:
+            raise SettingsError("--tls-port is of no use without --tls CERT and --key KEY")
+        if self.certificate and self.port is None and self.tls_port is None:
+            raise SettingsError(
+                "--tls is of no use without a port: give --port, or --tls-port; "
+                "an ssl: endpoint of --listen has a certificate of its own"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Give the settings as plain JSON types, for ``from_json`` in another process."""
         return dataclasses.asdict(self)
@@ -133,6 +168,8 @@ class Settings:
             **{
                 **fields,
                 "task_modules": tuple(fields["task_modules"]),
+                "listen": tuple(fields["listen"]),
+                "allow": tuple((who, tuple(names)) for who, names in fields["allow"]),
                 "smtp": SmtpSettings(**smtp) if smtp else None,
             }
         )

@@ -8,11 +8,13 @@ apart.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 from taskd.states import Cause, State
 
 __all__ = [
+    "CALLERS_BYTES",
     "CONNECTIONS",
     "FAILURE",
     "NAME",
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 WORD: Final = 8
-SLOT_WORDS: Final = 64
+SLOT_WORDS: Final = 96
 
 # Words of a slot. Times are CLOCK_MONOTONIC, which all processes share.
 _PID: Final = 0
@@ -46,8 +48,11 @@ _LATENCY: Final = 16
 _BUCKETS: Final = 32
 _SLOWEST: Final = _LATENCY + _BUCKETS - 1
 NAME: Final = 48
-NAME_BYTES: Final = (SLOT_WORDS - NAME) * WORD
+_CALLERS: Final = 64
+NAME_BYTES: Final = (_CALLERS - NAME) * WORD
 """Room for a task's name: as many characters as a name may have."""
+CALLERS_BYTES: Final = (SLOT_WORDS - _CALLERS) * WORD
+"""Room for the names of those whose connections a worker has."""
 
 # Words of slot 0 alone, where a worker has its latencies.
 WAITING: Final = 16
@@ -58,7 +63,7 @@ _EXPIRED: Final = 20
 _RELOADED: Final = 21
 _CAUSES: Final = 24
 FAILURE: Final = 32
-_FAILURE_BYTES: Final = (SLOT_WORDS - FAILURE) * WORD
+_FAILURE_BYTES: Final = (_CALLERS - FAILURE) * WORD
 
 
 class Slot:
@@ -73,6 +78,7 @@ class Slot:
     """
 
     __slots__ = (
+        "_callers",
         "_current",
         "_label",
         "_name",
@@ -85,11 +91,12 @@ class Slot:
         "number",
     )
 
-    def __init__(self, number: int, words: memoryview, seconds: Any, name: memoryview) -> None:
+    def __init__(self, number: int, words: memoryview, seconds: Any, text: memoryview) -> None:
         self.number = number
         self._words = words
         self._seconds = seconds
-        self._name = name
+        self._name = text[: len(text) - CALLERS_BYTES]
+        self._callers = text[len(text) - CALLERS_BYTES :]
         self._on_reactor = 0
         self._on_threads = 0
         self._label = b""
@@ -101,6 +108,7 @@ class Slot:
         """Take the slot for a new process; what its predecessor counted is kept."""
         words = self._words
         words[_ON_REACTOR] = words[ON_THREADS] = words[CONNECTIONS] = 0
+        self.show_callers("")
         words[_PID] = pid
         words[STATE] = State.STARTING
         self._seconds[_BORN] = self._seconds[_BEAT] = now
@@ -112,6 +120,7 @@ class Slot:
         words[STATE] = State.DEAD
         words[_ON_REACTOR] = words[ON_THREADS] = words[CONNECTIONS] = words[_PID] = 0
         self._seconds[_BEGAN] = self._seconds[_DUE] = 0.0
+        self.show_callers("")
 
     def show_on(self, title: memoryview) -> None:
         """Show the name of the running task also here, for ``ps``."""
@@ -280,6 +289,27 @@ class Slot:
         """Show that a connection went, and how many there are now."""
         self._words[CONNECTIONS] = open_connections
 
+    def show_callers(self, callers: str) -> None:
+        """
+        Show whose connections these are.
+
+        Args:
+            callers: A JSON object in ASCII: how many each identity has; '': none
+                has an identity. Of a longer one nothing is shown.
+        """
+        text = callers.encode()
+        # A reader in between sees what is no JSON, and takes it for nothing.
+        self._callers[:] = (text if len(text) <= CALLERS_BYTES else b"").ljust(CALLERS_BYTES, b"\0")
+
+    @property
+    def callers(self) -> dict[str, int]:
+        """Tell how many connections each identity has; those without one are left out."""
+        text = bytes(self._callers).rstrip(b"\0")
+        try:
+            return json.loads(text) if text else {}
+        except ValueError:
+            return {}
+
     def status(self, now: float) -> dict[str, Any]:
         """
         Tell what the slot shows, as plain JSON types.
@@ -300,6 +330,7 @@ class Slot:
             "uptime": round(now - self._seconds[_BORN], 3) if state else 0.0,
             "in_flight": words[_ON_REACTOR] + words[ON_THREADS],
             "connections": words[CONNECTIONS],
+            "callers": self.callers,
             "accepted": words[_ACCEPTED],
             "done": words[_DONE],
             "failed": words[_FAILED],

@@ -26,8 +26,8 @@ from taskd.dispatcher import Dispatcher
 from taskd.errors import StartFailed
 from taskd.lines import LongLineReceiver
 from taskd.link import adopt_link
-from taskd.listening import bind
 from taskd.policy import YOUNG_SECONDS, Births, is_hung
+from taskd.ports import Ports
 from taskd.process import Title, adopt_orphans, describe_end, reap_others
 from taskd.removals import Removals
 from taskd.scoreboard import Scoreboard
@@ -59,6 +59,7 @@ class Supervisor(Service):
 
     Args:
         settings: What the operator decided.
+        ports: Where it listens.
         reactor: Spawns the zygote, carries the links, keeps the delays.
         clock: Gives CLOCK_MONOTONIC seconds.
         adopt: Lets the reactor carry a link.
@@ -75,6 +76,7 @@ class Supervisor(Service):
     def __init__(
         self,
         settings: Settings,
+        ports: Ports,
         reactor: Any,
         clock: Callable[[], float] = time.monotonic,
         adopt: Callable[[Any, int, LongLineReceiver], None] = adopt_link,
@@ -86,7 +88,8 @@ class Supervisor(Service):
         self._adopt = adopt
         self._set_signal = set_signal
         self._births = Births()
-        self._listening: Any = None
+        self._ports = ports
+        self.credentials = ports.credentials
         self._zygotes: Zygotes
         self._workers: dict[int, Worker] = {}
         self._requested: dict[int, Zygote] = {}
@@ -103,13 +106,13 @@ class Supervisor(Service):
 
     def privilegedStartService(self) -> None:
         """
-        Bind the port, while that is still allowed.
+        Open the ports, while that is still allowed.
 
         Raises:
-            StartFailed: The port cannot be had.
+            StartFailed: One cannot be had, or is not safe.
         """
         self._started_at = self.clock()
-        self._listening = bind(self._settings.interface, self._settings.port)
+        self._ports.open()
 
     def startService(self) -> None:
         """
@@ -137,8 +140,8 @@ class Supervisor(Service):
             self._scoreboard.occupied,
             self._slot.show_waiting,
         )
-        if self._listening is None:
-            raise StartFailed("the port was never bound: privilegedStartService was not called")
+        if not self._ports.sockets:
+            raise StartFailed("no port is open: privilegedStartService was not called")
         self._zygotes = Zygotes(self, self._reactor, settings, self._slot, self._make_zygote)
         self._zygotes.start()
         self._reactor.callLater(_WATCH_SECONDS, self._watch)
@@ -152,7 +155,7 @@ class Supervisor(Service):
             self._reactor,
             spec,
             self._scoreboard_fd,
-            [self._listening],
+            self._ports.sockets,
             self._adopt,
         )
 
@@ -170,8 +173,7 @@ class Supervisor(Service):
         self._stopped = Deferred()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._on_signal(number, self.hurry)
-        if self._listening is not None:
-            self._listening.close()
+        self._ports.close()
         self._zygotes.stop()
         self._removals.close()
         busy = sum(self._slots[w.number].is_working for w in self._workers.values())
@@ -270,12 +272,12 @@ class Supervisor(Service):
         self._house()
         if not self._has_been_whole:
             ready = sum(w.serves for w in self._workers.values())
-            if ready == self._settings.procs and self._listening is not None:
+            if ready == self._settings.procs:
                 self._has_been_whole = True
                 self._log.info(
                     "{procs} workers serve {address} after {seconds:.2f} s",
                     procs=ready,
-                    address="{} port {}".format(*self._listening.getsockname()[:2]),
+                    address=self._ports.addresses,
                     seconds=self.clock() - self._started_at,
                 )
 
@@ -432,9 +434,9 @@ class Supervisor(Service):
         self._signal(worker, signal.SIGUSR2)  # it prints where it stands
         self._reactor.callLater(_KILL_AFTER_STACK_SECONDS, self.kill, worker)
 
-    def connection_moved(self, fd: int, unread: bytes) -> None:
+    def connection_moved(self, fd: int, luggage: bytes) -> None:
         """Take a connection from a worker that retires, for another one."""
-        self._removals.take(fd, unread)
+        self._removals.take(fd, luggage)
         self._house()
 
     def _house(self) -> None:

@@ -7,7 +7,6 @@ environment; everything below it is told.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 import sys
@@ -20,13 +19,17 @@ from twisted.logger import Logger
 from twisted.python import usage
 
 from taskd import __version__
+from taskd.endpoints import listeners_from
 from taskd.errors import SettingsError, StartFailed
+from taskd.ports import Ports
 from taskd.settings import DEFAULT_MAX_LINE_BYTES, SMTP_TLS, Settings, SmtpSettings
 from taskd.supervisor import Supervisor
 
 __all__ = ["Options", "makeService", "settings_from"]
 
+_PORT: Final = 12345
 _PROCS_PER_CORE: Final = 10
+_TOKEN_CREDENTIAL: Final = "taskd.token"  # noqa: S105 (its name)
 _SMTP_LOGIN_VARIABLE: Final = "TASKD_SMTP_LOGIN"
 
 
@@ -53,11 +56,40 @@ class Options(usage.Options):
         [
             "port",
             "p",
-            12345,
-            "TCP port to listen on; 0 lets the kernel choose",
+            None,
+            f"TCP port to listen on; 0 lets the kernel choose [default: {_PORT}, "
+            "unless --listen says where]",
             _number("port", int),
         ],
         ["interface", "i", "127.0.0.1", "Address to listen on"],
+        [
+            "tls",
+            None,
+            None,
+            "PEM file of the certificate to speak TLS with, on --tls-port or else on --port",
+        ],
+        ["key", None, None, "PEM file of its private key"],
+        [
+            "tls-port",
+            None,
+            None,
+            "TCP port that speaks TLS, beside --port",
+            _number("tls-port", int),
+        ],
+        [
+            "client-ca",
+            None,
+            None,
+            "PEM file of the authorities that callers over TLS must have a certificate from",
+        ],
+        [
+            "token-file",
+            None,
+            None,
+            "File of the tokens that callers must show, IDENTITY:TOKEN in a line "
+            f"[default: {_TOKEN_CREDENTIAL} among systemd's credentials, if there is one]",
+        ],
+        ["socket-owner", None, None, "USER, USER:GROUP or :GROUP that Unix sockets are given to"],
         [
             "procs",
             "n",
@@ -142,16 +174,32 @@ class Options(usage.Options):
     optFlags: ClassVar[list[list[Any]]] = [
         ["no-preload", None, "Have each worker import the task modules after its fork"],
         ["debug", None, "Send callers the traceback of a task that failed"],
-        ["insecure", None, "Listen on an address that other machines can reach"],
+        ["insecure", None, "Listen where other machines can call, without asking who calls"],
     ]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self["tasks"] = []
+        self["listen"] = []
+        self["allow"] = []
 
     def opt_tasks(self, modules: str) -> None:
         """Run the tasks of a module (dotted name, or path of a .py file); repeatable."""
         self["tasks"].extend(name.strip() for name in modules.split(",") if name.strip())
+
+    def opt_listen(self, endpoint: str) -> None:
+        """Listen there too: a server endpoint of Twisted (tcp: ssl: unix: systemd:); repeatable."""
+        self["listen"].append(endpoint)
+
+    def opt_allow(self, rule: str) -> None:
+        """Let IDENTITY=FUNCTION,... (glob patterns) call these and no others; repeatable."""
+        identity, equals, names = rule.rpartition("=")
+        patterns = tuple(name.strip() for name in names.split(",") if name.strip())
+        if not (equals and identity.strip() and patterns):
+            raise usage.UsageError(
+                f"--allow {rule}: give IDENTITY=FUNCTION,..., such as web=send_mail,echo"
+            )
+        self["allow"].append((identity.strip(), patterns))
 
     def opt_version(self) -> None:
         """Show taskd's version and exit."""
@@ -170,6 +218,7 @@ class Options(usage.Options):
         """Check everything that can be checked before the daemon starts."""
         try:
             self.settings = settings_from(self, os.environ)
+            self.listeners = listeners_from(self.settings)
         except SettingsError as error:
             raise usage.UsageError(str(error)) from None
 
@@ -191,15 +240,21 @@ def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Set
     modules = options["tasks"]
     if not modules and os.path.isfile("tasks.py"):
         modules = ["tasks.py"]
-    interface = options["interface"]
-    if not options["insecure"] and not _is_loopback(interface):
-        raise SettingsError(
-            f"--interface {interface}: everybody who can reach this address could run tasks, "
-            "since callers are not asked who they are; say --insecure if that is meant"
-        )
+    port = options["port"]
+    if port is None and not options["listen"]:
+        port = _PORT
     return Settings(
-        port=options["port"],
-        interface=interface,
+        port=port,
+        interface=options["interface"],
+        listen=tuple(options["listen"]),
+        certificate=options["tls"] or "",
+        key=options["key"] or "",
+        tls_port=options["tls-port"],
+        client_ca=options["client-ca"] or "",
+        token_file=options["token-file"] or _token_credential(environ),
+        allow=tuple(options["allow"]),
+        socket_owner=options["socket-owner"] or "",
+        insecure=bool(options["insecure"]),
         procs=(os.cpu_count() or 1) * _PROCS_PER_CORE
         if options["procs"] is None
         else options["procs"],
@@ -228,11 +283,10 @@ def _bytes_of(mib: Any) -> Any:
     return int(size) if math.isfinite(size) else size
 
 
-def _is_loopback(interface: str) -> bool:
-    try:
-        return ipaddress.ip_address(interface).is_loopback
-    except ValueError:
-        return interface == "localhost"
+def _token_credential(environ: Mapping[str, str]) -> str:
+    """Name the file of tokens that systemd passes (LoadCredential=), or give ''."""
+    path = os.path.join(environ.get("CREDENTIALS_DIRECTORY", ""), _TOKEN_CREDENTIAL)
+    return path if os.path.isabs(path) and os.path.exists(path) else ""
 
 
 def _smtp_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> SmtpSettings | None:
@@ -282,7 +336,7 @@ def makeService(options: Options) -> IService:
     from twisted.internet import reactor
 
     sys.excepthook = _one_line_for_failed_starts(sys.excepthook)
-    return Supervisor(options.settings, reactor)
+    return Supervisor(options.settings, Ports(options.settings, options.listeners), reactor)
 
 
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]

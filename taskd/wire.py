@@ -191,7 +191,7 @@ def _object_of_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise Malformed(f"the name {twice!a} stands twice in one object")
+        raise Malformed(f"the name {twice!a:.60} stands twice in one object")
     return value
 
 
@@ -257,7 +257,7 @@ def _check_request(message: dict[str, Any], id_json: str) -> Request:
     unknown = message.keys() - _REQUEST_KEYS
     if unknown:
         known = ", ".join(sorted(_REQUEST_KEYS))
-        refuse(f"unknown member {min(unknown)!a}; a request has {known}")
+        refuse(f"unknown member {min(unknown)!a:.60}; a request has {known}")
     if "function" not in message:
         refuse('the member "function" is missing')
     if type(message["function"]) is not str:

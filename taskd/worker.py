@@ -13,8 +13,8 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, cast
 
@@ -26,6 +26,8 @@ from twisted.python.failure import Failure
 from twisted.python.threadable import isInIOThread
 
 from taskd.accept import SharedPort, SharingReactor
+from taskd.access import Access
+from taskd.credentials import Credentials, KeyPair
 from taskd.errors import WorkerLost
 from taskd.executor import Executor
 from taskd.functions import Function, Kind, Registry
@@ -41,6 +43,7 @@ from taskd.server import TaskServerFactory
 from taskd.session import session_functions
 from taskd.settings import Settings
 from taskd.states import Cause
+from taskd.tls import Secure
 from taskd.wear import Wear
 
 __all__ = ["Prepared", "prepare", "rehearse", "run"]
@@ -64,21 +67,23 @@ class Prepared:
 
     Attributes:
         settings: What the operator decided.
+        credentials: What callers are shown, and have to show.
         registry: What a worker can call.
         introspection: What answers for the daemon itself.
     """
 
     settings: Settings
+    credentials: Credentials
     registry: Registry
     introspection: Introspection
 
 
-def prepare(fields: dict[str, Any]) -> Prepared:
+def prepare(spec: dict[str, Any]) -> Prepared:
     """
     Import the task modules and register what they offer, and what is built in.
 
     Args:
-        fields: The settings, as ``Settings.to_json`` gives them.
+        spec: ``settings`` and ``credentials``, as their ``to_json`` gives them.
 
     Returns:
         What ``run`` needs.
@@ -86,7 +91,7 @@ def prepare(fields: dict[str, Any]) -> Prepared:
     Raises:
         StartFailed: A task module is not usable.
     """
-    settings = Settings.from_json(fields)
+    settings = Settings.from_json(spec["settings"])
     registry = Registry()
     introspection = Introspection(registry)
     for function in (
@@ -99,7 +104,8 @@ def prepare(fields: dict[str, Any]) -> Prepared:
     ):
         registry.add(function)
     load_tasks(settings.task_modules, registry)
-    return Prepared(settings, registry, introspection)
+    credentials = Credentials.from_json(spec["credentials"])
+    return Prepared(settings, credentials, registry, introspection)
 
 
 def _echo(*args: Any, **kwargs: Any) -> Any:
@@ -122,14 +128,17 @@ def rehearse(prepared: Prepared) -> None:
     """
     reactor = SharingReactor()  # type: ignore[no-untyped-call]
     scoreboard_fd = Scoreboard.create(1)
-    worker = _Worker(1, prepared, scoreboard_fd, reactor, memoryview(bytearray(64)))
+    everybody = replace(
+        prepared, credentials=Credentials(), settings=replace(prepared.settings, allow=())
+    )
+    worker = _Worker(1, everybody, scoreboard_fd, reactor, memoryview(bytearray(64)))
     os.close(scoreboard_fd)
     ours, theirs = socket.socketpair()
     with ours, socket.socket() as port, socket.socket() as caller:
         port.bind(("127.0.0.1", 0))
         port.listen()
         port.setblocking(False)
-        worker.serve(theirs, [os.dup(port.fileno())])
+        worker.serve(theirs, [os.dup(port.fileno())], [None])
         caller.connect(port.getsockname())
         caller.setblocking(False)
         rehearsal = _Rehearsal(ours.sendall)
@@ -164,7 +173,9 @@ class _Rehearsal(LongLineReceiver):
             self._ask()
         else:
             self.transport.loseConnection()
-            self._order(b"stop\ngo\n")
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._order(b"stop\ngo\n")
 
 
 def run(
@@ -180,7 +191,7 @@ def run(
 
     Args:
         number: The worker's slot, from 1.
-        prepared: What ``prepare`` gave; or the settings, if nothing could be
+        prepared: What ``prepare`` gave; or what it takes, if nothing could be
             prepared before the fork.
         link: The socket to the supervisor.
         listening: File descriptors of the listening sockets.
@@ -196,7 +207,7 @@ def run(
         prepared = prepare(prepared)  # now that there is a reactor which it may import
     window = title.window(f"taskd: worker {number} (", _TITLE_ROOM)
     worker = _Worker(number, prepared, scoreboard_fd, reactor, window)
-    worker.serve(link, listening)
+    worker.serve(link, listening, prepared.credentials.key_pairs)
     # What Twisted had to say about the port is every worker's, and nobody's news.
     globalLogBeginner.beginLoggingTo(
         [cast(ILogObserver, worker.observe)], discardBuffer=True, redirectStandardIO=False
@@ -221,6 +232,7 @@ class _Worker:
         title: memoryview,
     ) -> None:
         settings = self._settings = prepared.settings
+        self._client_ca = prepared.credentials.client_ca
         self._reactor: Any = reactor
         scoreboard = Scoreboard(scoreboard_fd)
         prepared.introspection.scoreboard = scoreboard
@@ -236,6 +248,7 @@ class _Worker:
             self._executor,
             self._slot,
             settings,
+            Access(prepared.credentials.tokens, settings.allow),
             lambda: sum(scoreboard.connections()),
         )
         self._relay = Relay(prepared.registry, self._executor, scoreboard, self._tell)
@@ -264,13 +277,18 @@ class _Worker:
         self._relay.on_freed = self._come_back
         self._relay.on_stuck = self._lose_a_thread
 
-    def serve(self, link: socket.socket, listening: list[int]) -> None:
-        """Start to accept, and tell the supervisor."""
+    def serve(
+        self, link: socket.socket, listening: list[int], key_pairs: Sequence[KeyPair | None]
+    ) -> None:
+        """Start to accept, over TLS where there is a key, and tell the supervisor."""
         link.setblocking(False)
         adopt_link(self._reactor, link.fileno(), self._link)
         link.close()
-        for fd in listening:
-            self._ports.append(SharedPort(fd, self._factory, self._reactor))
+        is_alone = self._settings.procs == 1
+        for fd, pair in zip(listening, key_pairs, strict=True):
+            wrap = Secure(pair, self._client_ca).wrap if pair is not None else None
+            port = SharedPort(fd, self._factory, self._reactor, wrap, is_alone=is_alone)
+            self._ports.append(port)
             os.close(fd)
         self._reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
         self._slot.ready()
@@ -332,11 +350,11 @@ class _Worker:
             self._tell(b"replace %s\n" % cause.name.encode())
 
     def _adopt(self, rest: bytes) -> None:
-        fd, unread = self._link.take_connection(rest)
+        fd, luggage = self._link.take_connection(rest)
         if fd is None:
             return
         if self._ports and not self._is_stopping:
-            self._ports[0].adopt(fd, unread)
+            self._ports[0].adopt(fd, luggage)
         else:
             os.close(fd)
 

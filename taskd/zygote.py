@@ -132,7 +132,7 @@ class _Zygote:
         sys.path.insert(0, spec["directory"])
         try:
             if spec["preload"]:
-                self._prepared = self._boot.prepare(spec["settings"])
+                self._prepared = self._boot.prepare(spec)
             else:
                 self._try_in_child()
         except StartFailed as error:
@@ -160,7 +160,7 @@ class _Zygote:
             self._close_ports()
             told = _SUCCESS
             try:
-                self._boot.prepare(self._spec["settings"])
+                self._boot.prepare(self._spec)
             except StartFailed as error:
                 told = str(error)
             os.write(writer, told.encode()[: select.PIPE_BUF])
@@ -206,7 +206,7 @@ class _Zygote:
             self._control.close()
             listening = [LISTENING_FD + n for n in range(self._spec["listening"])]
             gc.enable()
-            prepared = self._prepared or self._spec["settings"]
+            prepared = self._prepared or self._spec
             self._boot.run(number, prepared, link, listening, SCOREBOARD_FD, self._title)
             status = 0
         except StartFailed as error:

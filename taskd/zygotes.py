@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from twisted.logger import Logger
 
 from taskd.children import Zygote
+from taskd.credentials import Credentials
+from taskd.errors import StartFailed
 from taskd.policy import Births
 from taskd.process import describe_end
 from taskd.settings import Settings
@@ -28,6 +30,7 @@ class Owner(Protocol):
 
     @property
     def clock(self) -> Callable[[], float]: ...  # noqa: D102
+    def credentials(self) -> Credentials: ...  # noqa: D102
     def zygote_loaded(self, is_reload: bool, /) -> None: ...  # noqa: D102
     def zygote_gone(self, zygote: Zygote, is_current: bool, /) -> None: ...  # noqa: D102
 
@@ -61,6 +64,7 @@ class Zygotes:
         self._make = make
         self._births = Births()
         self._preload = settings.preload
+        self._credentials = Credentials()
         self._current: Zygote | None = None
         self._next: Zygote | None = None
         self._old: set[Zygote] = set()
@@ -86,8 +90,9 @@ class Zygotes:
         Spawn the first, and wait until it has loaded the code.
 
         Raises:
-            StartFailed: It could not.
+            StartFailed: It could not, or the credentials cannot be used.
         """
+        self._credentials = self._owner.credentials()
         self._current = self._spawn()
         self._current.wait_until_loaded()
 
@@ -104,13 +109,15 @@ class Zygotes:
             zygote.dismiss()
 
     def _spawn(self) -> Zygote:
+        credentials = self._credentials
         return self._make(
             {
                 "boot": "taskd.worker",
                 "directory": os.getcwd(),
                 "preload": self._preload,
                 "settings": self._settings.to_json(),
-                "listening": 1,
+                "credentials": credentials.to_json(),
+                "listening": len(credentials.key_pairs),
                 "grace_seconds": self._settings.grace_seconds,
             }
         )
@@ -135,8 +142,9 @@ class Zygotes:
         """
         Load the task modules anew, and have new workers take the places of the old.
 
-        Until they stand, the old ones serve on; for good if the code cannot be
-        loaded, and the log and ``taskd.status`` say why.
+        The keys and tokens are read anew, too. Until the new workers stand, the
+        old ones serve on; for good if the code cannot be loaded, or the
+        credentials cannot be used, and the log and ``taskd.status`` say why.
         """
         if self._is_stopping:
             return
@@ -144,10 +152,13 @@ class Zygotes:
             self._reloads_again = True
             return
         self._log.info("loading the task modules anew")
+        before = self._credentials
         try:
+            self._credentials = self._owner.credentials()
             self._next = self._spawn()
             self._next.begin()
-        except OSError as error:
+        except (OSError, StartFailed) as error:
+            self._credentials = before
             self._reload_failed(str(error))
 
     def _reload_failed(self, reason: str) -> None:

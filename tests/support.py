@@ -25,6 +25,7 @@ from twisted.test.iosim import FakeTransport, IOPump, connect
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
+from taskd.access import Access
 from taskd.call import Call
 from taskd.client import TaskClientProtocol
 from taskd.executor import Executor
@@ -226,6 +227,10 @@ class FakePool:
 # A daemon that is real from its connections down to its threads.
 
 
+ANYBODY = Access((), ())
+"""Nobody is asked who they are, and everything may be called."""
+
+
 class MemoryDaemon:
     """
     One worker's server, on a loop that the test runs.
@@ -235,6 +240,7 @@ class MemoryDaemon:
         max_line_bytes: Longest request line.
         threads: How many blocking tasks run at a time.
         debug: True: callers are told tracebacks.
+        access: Who may call what; by default everybody everything.
         settings: Others of the operator's settings.
     """
 
@@ -244,6 +250,7 @@ class MemoryDaemon:
         max_line_bytes: int = 1024 * 1024,
         threads: int = 1,
         debug: bool = False,
+        access: Access = ANYBODY,
         **settings: Any,
     ) -> None:
         self.loop = Loop()
@@ -258,6 +265,7 @@ class MemoryDaemon:
             self.executor,
             self.slot,
             Settings(0, max_line_bytes=max_line_bytes, **settings),
+            access,
             open_everywhere=lambda: self.slot.status(0.0)["connections"],
             clock=self.loop.seconds,
         )

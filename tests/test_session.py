@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import given, settings
@@ -10,12 +11,16 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
+from taskd.access import Grant
 from taskd.call import Call
 from taskd.errors import Cancelled, Overloaded, TaskFailed, WorkerLost
 from taskd.functions import Function, task
 from taskd.session import Session
 from taskd.wire import NO_TERMS, Terms, encode_progress, encode_result
 from tests.support import line_of, registry_of
+
+ANYTHING = Grant("")
+"""What a caller may do that is not asked who it is."""
 
 
 @task(blocking=False)
@@ -65,28 +70,50 @@ class Conversation:
     A session, and the test as its peer.
 
     Attributes:
+        reports: The progress messages.
+        cut_offs: The protocols that it was cut off for.
+        refusals: What was called and not allowed, and on which grant.
+        questions: The tokens that were shown, and what takes the answer.
         holds: Whether to stop reading, each time that this was said.
         quiet: How many calls were in flight, each time that nothing was owed.
     """
 
-    def __init__(self, max_in_flight: int = 1000) -> None:
+    def __init__(self, max_in_flight: int = 1000, grant: Grant | None = ANYTHING) -> None:
         self.runner = HeldRunner()
         self.sent: list[bytes] = []
+        self.reports: list[bytes] = []
+        self.cut_offs: list[str] = []
+        self.refusals: list[tuple[str, Grant | None]] = []
+        self.questions: list[tuple[str, Callable[[Grant | None], None]]] = []
         self.hang_ups = 0
         self.holds: list[bool] = []
         self.quiet: list[bool] = []
         self.session = Session(
-            registry_of(now, later, limited),
-            self.runner,
-            self.sent.append,
-            self._hang_up,
-            self.holds.append,
-            max_in_flight,
+            registry_of(now, later, limited), self.runner, self, max_in_flight, grant
         )
         self.session.on_quiet = lambda: self.quiet.append(self.session.owes_replies)
 
-    def _hang_up(self) -> None:
+    def write(self, line: bytes) -> None:
+        self.sent.append(line)
+
+    def report(self, line: bytes) -> None:
+        self.sent.append(line)
+        self.reports.append(line)
+
+    def hang_up(self) -> None:
         self.hang_ups += 1
+
+    def cut_off(self, protocol: str) -> None:
+        self.cut_offs.append(protocol)
+
+    def hold_while_full(self, is_on: bool) -> None:
+        self.holds.append(is_on)
+
+    def identify(self, token: str, done: Callable[[Grant | None], None]) -> None:
+        self.questions.append((token, done))
+
+    def turned_down(self, name: str, grant: Grant | None) -> None:
+        self.refusals.append((name, grant))
 
     def ask(self, function: str, *args: Any, **members: Any) -> None:
         self.session.receive(line_of(function, *args, **members).rstrip(b"\n"))
@@ -203,7 +230,7 @@ class LineTests(SessionTestCase):
     def test_nothing_behind_a_malformed_line_is_read(self) -> None:
         """A malformed line is answered, the peer is hung up on, and what follows is not read."""
         for line in (
-            b"POST / HTTP/1.1",
+            b"POST",
             b" ",
             b"[]",
             b'{"function": 1}',
@@ -658,7 +685,7 @@ class CancelTests(SessionTestCase):
     def test_what_still_comes_from_a_cancelled_task(self) -> None:
         """A cancelled call is not answered again when its task is done."""
         self.ask("later", "a", id=1)
-        self.session.cancel(1)
+        self.session.cancel("", 1)
         self.runner.finish("a")
         self.assertEqual(self.peer.gist, [(1, "cancelled")])
 

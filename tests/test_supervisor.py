@@ -22,8 +22,10 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.children import Worker
+from taskd.endpoints import listeners_from
 from taskd.errors import StartFailed
 from taskd.link import Offer
+from taskd.ports import Ports
 from taskd.process import Title
 from taskd.scoreboard import Scoreboard
 from taskd.settings import Settings
@@ -297,6 +299,7 @@ class SupervisorTestCase(SynchronousTestCase):
         settings = Settings(port=0, procs=self.procs, grace_seconds=GRACE, backlog=2)
         self.supervisor = Supervisor(
             settings,
+            Ports(settings, listeners_from(settings)),
             self.machine,
             clock=self.machine.seconds,
             adopt=self.machine.adopt,

@@ -9,6 +9,8 @@ from typing import Any
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from taskd.credentials import Credentials
+from taskd.errors import StartFailed
 from taskd.scoreboard import Scoreboard
 from taskd.settings import Settings
 from taskd.zygotes import Zygotes
@@ -75,6 +77,7 @@ class Machine(Clock):
     Attributes:
         made: Every record that was made.
         spawn_errors: What the next spawnings fail with.
+        refusals: Why the next credentials cannot be used.
         loaded: For each time that one could fork: which, and whether it was a reload.
         gone: For each that has gone: which, and whether it was the current one.
     """
@@ -85,6 +88,7 @@ class Machine(Clock):
         self.clock = self.seconds
         self.made: list[FakeZygote] = []
         self.spawn_errors: list[OSError] = []
+        self.refusals: list[str] = []
         self.loaded: list[tuple[int, bool]] = []
         self.gone: list[tuple[int, bool]] = []
         self.slot = scoreboard.supervisor_slot()
@@ -98,6 +102,11 @@ class Machine(Clock):
 
     def number_of(self, zygote: Any) -> int:
         return self.made.index(zygote)
+
+    def credentials(self) -> Credentials:
+        if self.refusals:
+            raise StartFailed(self.refusals.pop())
+        return Credentials(tokens=(("web", str(len(self.made))),), key_pairs=(None,))
 
     def zygote_loaded(self, is_reload: bool) -> None:
         self.loaded.append((self.number_of(self.zygotes.loaded), is_reload))
