@@ -66,7 +66,8 @@ class EagerWrites:
     def connectionLost(self, reason: Failure) -> None:
         """Let go of what nobody will read: a protocol may hold its transport for long."""
         super().connectionLost(reason)  # type: ignore[misc]
-        self._tempDataBuffer, self._tempDataLen, self.dataBuffer = [], 0, b""
+        if self.has_unsent:
+            self._tempDataBuffer, self._tempDataLen, self.dataBuffer = [], 0, b""
 
 
 class LongLineReceiver(LineReceiver):

@@ -92,15 +92,16 @@ class TaskProtocol(LongLineReceiver):
         self._is_hanging_up = False
         self._patience = Patience(settings.first_line_seconds, settings.idle_seconds)
         self._holds = 0
-        self._has_shaken_hands = False
+        self._awaits_handshake = False
 
     def connectionMade(self) -> None:
         """Join the factory's connections."""
+        self._awaits_handshake = getattr(self.transport, "is_secure", False)
         self._factory.joined(self)
 
     def handshakeCompleted(self) -> None:
         """Let in whom a certificate tells (``IHandshakeListener``); nothing was read before."""
-        self._has_shaken_hands = True
+        self._awaits_handshake = False
         if identity := self.transport.peer_identity:
             self._admit(self._factory.door.by_certificate(identity))
 
@@ -185,10 +186,10 @@ class TaskProtocol(LongLineReceiver):
         """Leave the factory's connections; what runs goes on."""
         self.connected = 0
         self._stop_waiting()
-        if not (self._has_shaken_hands or reason.check(ConnectionClosed)):
-            self._visitor.has_no_handshake(reason)  # plain ones end by nothing but a close
+        if self._awaits_handshake and not reason.check(ConnectionClosed):
+            self._visitor.has_no_handshake(reason)
         self._session.lost()
-        self.forget_unread()
+        self.forget_unread()  # the session and its connection hold each other for a while yet
         self._visitor.left()
         self._factory.left(self)
 
