@@ -243,7 +243,7 @@ class SharedPort:
             EagerServer(
                 connection,
                 cast(IProtocol, outermost),
-                address or _NO_ADDRESS,
+                address if isinstance(address, tuple) else _NO_ADDRESS,
                 cast(Any, self),
                 self._accepted,
                 self._reactor,
@@ -326,7 +326,7 @@ class SharedPort:
 
 
 _NO_ADDRESS: Final = ("", 0)
-"""Callers over a Unix socket have no name; Twisted's transports want a pair."""
+"""Callers over a Unix socket have no host and no port; Twisted's transports want a pair."""
 
 
 def _address_of(family: int, address: Any) -> IAddress:

@@ -19,29 +19,23 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, fail, gatherResults
-from twisted.internet.endpoints import clientFromString
 from twisted.internet.interfaces import IDelayedCall, IStreamClientEndpoint
 from twisted.python.failure import Failure
 
-from taskd.connection import (
-    Asked,
-    Caller,
-    Gate,
-    OnProgress,
-    Outstanding,
-    TaskClientFactory,
-    TaskClientProtocol,
-    stop,
-    stopping,
-)
-from taskd.errors import ClientClosed, ConnectFailed
+from taskd.connection import TaskClientFactory, TaskClientProtocol
+from taskd.destination import Certificate, PemFile, endpoint_of
+from taskd.errand import Asked, Caller, Gate, OnProgress, Outstanding, stop, stopping
+from taskd.errors import CallError, ClientClosed, ConnectFailed, TlsFailed
 from taskd.policy import reconnect_delay
+from taskd.trust import greeting
 from taskd.wire import Args, Terms
 
 __all__ = ["OnProgress", "TaskClient", "TaskClientFactory", "TaskClientProtocol", "call_once"]
 
 _RECONNECT_BASE_SECONDS: Final = 0.1
 _RECONNECT_CAP_SECONDS: Final = 5.0
+
+_NO_ANSWER: Final = ConnectFailed("it did not answer")
 
 
 class TaskClient(Caller):
@@ -58,14 +52,23 @@ class TaskClient(Caller):
         reactor: Makes the connections and keeps the time limits.
         endpoint: Where the daemon is: a Twisted endpoint, or its description,
             such as ``"tcp:127.0.0.1:12345"`` or ``"tls:tasks.example.org:12345"``,
-            which checks the server's name.
+            which checks the server's certificate, and its name or IP address.
+        ca: Path of a PEM file with the certificates of the authorities to trust
+            over TLS, instead of the platform's.
+        certificate: Path of a PEM file with the certificate to show over TLS, the
+            authorities' between it and the daemon's ``--client-ca`` behind it, and
+            its private key, not encrypted; or a pair of paths, the key's second.
+        token: What the daemon knows the caller by, shown first on every
+            connection. Whoever can read a connection that is not TLS has it.
         pool: Most connections to keep, from 1.
         connect_timeout: Seconds that a call waits for a connection, above 0.
         jitter: Gives draws from [0.0, 1.0), for the delays.
 
     Raises:
-        ValueError: *endpoint* is not a description of an endpoint, or a number
-            is out of its range.
+        ValueError: *endpoint* is not a description of an endpoint, or one of TLS
+            that checks no name; *ca* or *certificate* cannot be read, or is for an
+            endpoint that is not described by ``tls:``; *token* is empty or has
+            control characters; or a number is out of its range.
     """
 
     def __init__(
@@ -73,6 +76,9 @@ class TaskClient(Caller):
         reactor: Any,
         endpoint: str | IStreamClientEndpoint,
         *,
+        ca: PemFile | None = None,
+        certificate: Certificate | None = None,
+        token: str | None = None,
         pool: int = 4,
         connect_timeout: float = 10.0,
         jitter: Callable[[], float] = random.random,
@@ -81,7 +87,9 @@ class TaskClient(Caller):
             raise ValueError("pool must be at least 1, and connect_timeout above 0")
         self._reactor = reactor
         self._name = endpoint if isinstance(endpoint, str) else "the daemon"
-        self._endpoint = _endpoint_of(reactor, endpoint)
+        self._endpoint = endpoint_of(reactor, endpoint, ca=ca, certificate=certificate)
+        greeting(token)  # which knows what a token can be
+        self._token = token
         self._pool = pool
         self._connect_timeout = connect_timeout
         self._jitter = jitter
@@ -89,7 +97,7 @@ class TaskClient(Caller):
         self._attempts: set[Deferred[Any]] = set()
         self._gates: deque[Gate] = deque()
         self._failures = 0
-        self._last_failure = "it did not answer"
+        self._last_failure: BaseException = _NO_ANSWER
         self._back_off: IDelayedCall | None = None
         self._is_closed = False
         self._outstanding = Outstanding()
@@ -132,14 +140,23 @@ class TaskClient(Caller):
             Cancelled: It was cancelled by its id.
             WorkerLost: Its worker died; ``may_have_started`` tells what is known.
             ConnectionLost: A ``WorkerLost`` of which only the end of the
-                connection was seen.
+                connection was seen. Over TLS a daemon that ends it in order has
+                answered all that it began.
             Overloaded: Too many tasks wait; ``retry_after`` tells for how long.
             ShuttingDown: The daemon is stopping; the task was not started.
             Malformed: The daemon does not read such a request.
             LineTooLong: The request is longer than the daemon reads.
-            Unauthorized: The caller may not do this.
+            Unauthorized: The caller may not do this, or the daemon does not know
+                it, by its *token* or otherwise; nothing was run.
             InternalError: A bug in the daemon.
-            ConnectFailed: No connection in time; nothing was sent.
+            ConnectFailed: No connection in time; nothing was run.
+            WrongServerName: A ``ConnectFailed``, like those that follow: the
+                certificate is for another name. They do not wait for that time.
+            CertificateExpired: The server's certificate is not valid now.
+            CertificateNotTrusted: Nobody whom *ca* trusts has signed it.
+            ClientCertificateRefused: The daemon does not take *certificate*, or
+                wants one.
+            TlsFailed: TLS failed otherwise, which is what these four are, too.
             ClientClosed: ``close`` has been called; nothing was sent.
             ValueError: *timeout* or *priority* cannot be.
             CancelledError: The Deferred was cancelled.
@@ -194,6 +211,8 @@ class TaskClient(Caller):
         best = self._least_busy()
         if best is not None:  # it has waited for one that never came
             gate.callback(best)
+        elif self._back_off is not None and _is_final(self._last_failure):
+            gate.errback(self._last_failure)
         else:
             gate.errback(
                 ConnectFailed(
@@ -204,7 +223,9 @@ class TaskClient(Caller):
 
     def _open_if_allowed(self) -> None:
         if self._back_off is None and len(self._connections) + len(self._attempts) < self._pool:
-            attempt = self._endpoint.connect(TaskClientFactory(self._reactor, self._lost))
+            factory = TaskClientFactory(self._reactor, self._lost, token=self._token)
+            attempt: Deferred[Any] = self._endpoint.connect(factory)
+            attempt.addCallback(_standing)
             self._attempts.add(attempt)
             attempt.addBoth(self._attempted, attempt)
             attempt.addCallbacks(self._connected, self._not_connected)
@@ -215,14 +236,26 @@ class TaskClient(Caller):
 
     def _connected(self, connection: Any) -> None:
         if not connection.connected:
-            return  # lost again within the same breath
+            self._turn_away()  # lost again within the same breath
+            return
         self._connections.append(connection)
         self._open_gates()
 
     def _not_connected(self, reason: Failure) -> None:
-        self._last_failure = reason.getErrorMessage()
-        self._wait_before_the_next()
+        assert reason.value is not None
+        self._wait_before_the_next(reason.value)
         self._open_gates()
+        self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Fail what waits, if waiting will not help: nobody will mend a certificate so soon."""
+        failure = self._last_failure
+        if self._connections or self._attempts or not _is_final(failure):
+            return
+        for gate in list(self._gates):
+            if gate in self._gates:  # those before it may have cancelled it
+                self._gates.remove(gate)
+                gate.errback(failure)
 
     def _open_gates(self) -> None:
         """Send what waits, but leave the connections on their way their share."""
@@ -235,15 +268,22 @@ class TaskClient(Caller):
         return min(self._connections, key=lambda c: c.in_flight, default=None)
 
     def _lost(self, connection: TaskClientProtocol) -> None:
+        if not connection.has_stood:
+            return  # which its attempt tells
         if connection in self._connections:
             self._connections.remove(connection)
-        if connection.has_answered:
+        if connection.refusal is not None:
+            self._wait_before_the_next(connection.refusal)
+            self._turn_away()
+        elif connection.has_answered:
             self._failures = 0
+            self._last_failure = _NO_ANSWER
         else:
-            self._wait_before_the_next()
+            self._wait_before_the_next(_NO_ANSWER)
 
-    def _wait_before_the_next(self) -> None:
+    def _wait_before_the_next(self, failure: BaseException) -> None:
         """Connect no more for a while; a daemon that hangs up on us is as one that is not there."""
+        self._last_failure = failure
         self._failures += 1
         if self._back_off is None and not self._is_closed_for_good():
             delay = reconnect_delay(
@@ -271,6 +311,9 @@ def call_once(
     *,
     timeout: float | None = None,
     on_progress: OnProgress | None = None,
+    ca: PemFile | None = None,
+    certificate: Certificate | None = None,
+    token: str | None = None,
     connect_timeout: float = 10.0,
 ) -> Deferred[Any]:
     """
@@ -286,17 +329,28 @@ def call_once(
         args: Its arguments.
         timeout: Seconds, or None.
         on_progress: Takes what the task reports.
-        connect_timeout: As for ``TaskClient``.
+        ca: As for ``TaskClient``, like all that follow.
+        certificate: Path of a PEM file, or a pair of paths, or None.
+        token: What the daemon knows the caller by, or None.
+        connect_timeout: Seconds, above 0.
 
     Returns:
         Fires with the result, when the connection is closed again.
 
     Raises:
         TaskdError: As ``TaskClient.call_with``.
-        ValueError: *endpoint* or a number of seconds cannot be.
+        ValueError: As ``TaskClient``, or a number of seconds cannot be.
     """
     try:
-        client = TaskClient(reactor, endpoint, pool=1, connect_timeout=connect_timeout)
+        client = TaskClient(
+            reactor,
+            endpoint,
+            ca=ca,
+            certificate=certificate,
+            token=token,
+            pool=1,
+            connect_timeout=connect_timeout,
+        )
     except ValueError as error:
         return fail(error)
     called = client.call_with(function, args, timeout=timeout, on_progress=on_progress)
@@ -307,14 +361,13 @@ def call_once(
     return called.addBoth(close)
 
 
-def _endpoint_of(reactor: Any, endpoint: str | IStreamClientEndpoint) -> IStreamClientEndpoint:
-    if not isinstance(endpoint, str):
-        return endpoint
-    try:
-        made: IStreamClientEndpoint = clientFromString(reactor, endpoint)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{endpoint!r} describes no endpoint: {error}") from None
-    return made
+def _standing(connection: TaskClientProtocol) -> Deferred[TaskClientProtocol]:
+    return connection.standing()
+
+
+def _is_final(failure: BaseException) -> bool:
+    """Tell whether a failure to connect is one that somebody has to mend."""
+    return isinstance(failure, TlsFailed | CallError)
 
 
 def _nothing(_: object) -> None:

@@ -7,47 +7,44 @@ they are for. Which of several connections a call takes is ``client``'s.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.internet.error import ConnectionClosed
-from twisted.internet.interfaces import IAddress, IConnector, IDelayedCall
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import (
+    IAddress,
+    IConnector,
+    IDelayedCall,
+    IHandshakeListener,
+    ISSLTransport,
+)
 from twisted.internet.protocol import ClientFactory, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
+from taskd.errand import Asked, Caller, Gate, OnProgress, Outstanding, stop
 from taskd.errors import (
     BadArguments,
     CallError,
     ClientClosed,
+    ClientError,
     ConnectFailed,
     ConnectionLost,
     Malformed,
     NotJson,
     TimeLimitExceeded,
+    Unauthorized,
     UnknownFunction,
     error_from_wire,
 )
 from taskd.lines import LongLineReceiver
-from taskd.wire import MAX_PRIORITY, NO_TERMS, Args, Terms, decode_reply, encode_request
+from taskd.trust import GREETING_ID, failure_of_handshake, greeting, refused_certificate
+from taskd.wire import ALPN, NO_TERMS, Args, Terms, decode_reply, encode_request
 
-__all__ = [
-    "Asked",
-    "Caller",
-    "Gate",
-    "OnProgress",
-    "Outstanding",
-    "TaskClientFactory",
-    "TaskClientProtocol",
-    "stop",
-    "stopping",
-]
-
-OnProgress = Callable[[float, float | None, str | None], object]
-"""Takes what a task reports: how much is done, of how much or None, and a text or None."""
+__all__ = ["TaskClientFactory", "TaskClientProtocol"]
 
 _ANSWER_GRACE_SECONDS: Final = 0.25
 """How long the daemon's own time-limit answer is waited for, which says more than ours."""
@@ -55,40 +52,58 @@ _ANSWER_GRACE_SECONDS: Final = 0.25
 _CLOSE_SECONDS: Final = 5.0
 """How long a daemon may take over closing a connection; TLS would wait for ever."""
 
+_HANDSHAKE_SECONDS: Final = 30.0
+"""How long a TLS handshake may take; so long Twisted waits for a TCP connection, too."""
+
 _LONGEST_REPLY_BYTES: Final = 64 * 1024 * 1024
 
 _Notify = Callable[["TaskClientProtocol"], None]
 
 
+@implementer(IHandshakeListener)
 class TaskClientProtocol(LongLineReceiver):
     """
     One connection to a daemon, and the calls that are in flight on it.
 
-    Made by ``TaskClientFactory``.
+    Made by ``TaskClientFactory``. Over TLS the connection stands when the
+    server's certificate was verified, and nothing is sent before.
 
     Args:
         reactor: Keeps the time limits.
         on_connected: Called with this protocol when the connection stands.
         on_lost: Called with it when the connection is gone, before its calls fail.
+        greeting: What is sent first, as ``trust.greeting`` gives it.
 
     Attributes:
-        has_answered: True once the daemon has said anything.
+        has_stood: True once calls could be sent.
+        has_answered: True once the daemon has said anything but that it does not
+            know the caller.
+        refusal: Why neither this nor another call would be run over such a
+            connection, as soon as that is known, or None.
     """
 
     _log = Logger(namespace="taskd.client")
     MAX_LENGTH = _LONGEST_REPLY_BYTES
 
-    def __init__(self, reactor: Any, on_connected: _Notify, on_lost: _Notify) -> None:
+    def __init__(
+        self, reactor: Any, on_connected: _Notify, on_lost: _Notify, greeting: bytes = b""
+    ) -> None:
         super().__init__()
         self._reactor = reactor
         self._on_connected = on_connected
         self._on_lost = on_lost
+        self._greeting = greeting
+        self._says_goodbye = False
+        self._standing: Deferred[TaskClientProtocol] | None = None
         self._closed: Deferred[None] | None = None
         self._abort: IDelayedCall | None = None
-        self._numbers = itertools.count(1)
+        self._last_number = GREETING_ID
         self._pending: dict[int, _Pending] = {}
         self._last_words: CallError | None = None
+        self._unauthorized: tuple[Unauthorized, int] | None = None  # and what was sent by then
+        self.has_stood = False
         self.has_answered = False
+        self.refusal: ClientError | CallError | None = None
 
     @property
     def in_flight(self) -> int:
@@ -107,14 +122,14 @@ class TaskClientProtocol(LongLineReceiver):
 
         Result and failures are those of ``TaskClient.call_with``.
         """
-        number = next(self._numbers)
+        number = self._next_number()
         timeout = terms.timeout
         try:
             line = encode_request((function, args, str(number), terms))
         except NotJson as error:
             return fail(BadArguments(f"{function}: {error}"))
-        if not self.connected:
-            return fail(ConnectionLost("the connection was lost", may_have_started=False))
+        if not self.connected or not self.has_stood:
+            return fail(ConnectionLost("the connection does not stand", may_have_started=False))
         pending = _Pending(Deferred(lambda _: self._cancel(number)), on_progress)
         if timeout is not None:
             pending.timer = self._reactor.callLater(
@@ -135,13 +150,61 @@ class TaskClientProtocol(LongLineReceiver):
             return succeed(None)
         if self._closed is None:
             self._closed = Deferred()
+            stop(self._abort)
             self._abort = self._reactor.callLater(_CLOSE_SECONDS, self.transport.abortConnection)
             self.transport.loseConnection()
         return self._closed
 
+    def standing(self) -> Deferred[TaskClientProtocol]:
+        """
+        Wait until calls can be sent; ask only once.
+
+        Returns:
+            Fires with this protocol. Cancelling it gives the connection up.
+
+        Raises:
+            TlsFailed: The connection will never stand.
+        """
+        if self.has_stood:
+            return succeed(self)
+        if self.refusal is not None:
+            return fail(self.refusal)
+        self._standing = Deferred(self._give_up)
+        return self._standing
+
+    def _give_up(self, _: object) -> None:
+        self._standing = None
+        stop(self._abort)
+        self.transport.abortConnection()
+
     def connectionMade(self) -> None:
-        """Tell that calls can be sent."""
+        """Begin, unless it is over TLS, where only the TCP connection has been made."""
+        if ISSLTransport.providedBy(self.transport):
+            self._abort = self._reactor.callLater(
+                _HANDSHAKE_SECONDS, self.transport.abortConnection
+            )
+        else:
+            self._begin()
+
+    def handshakeCompleted(self) -> None:
+        """Begin, since the server is who it should be."""
+        if not self.transport.disconnecting:
+            stop(self._abort)
+            self._says_goodbye = getattr(self.transport, "negotiatedProtocol", None) == ALPN
+            self._begin()
+
+    def _begin(self) -> None:
+        """Tell that calls can be sent, behind what shows who we are."""
+        self.has_stood = True
+        if self._greeting:
+            self.transport.write(self._greeting)
         self._on_connected(self)
+        if self._standing is not None:
+            self._standing.callback(self)
+
+    def _next_number(self) -> int:
+        self._last_number += 1
+        return self._last_number
 
     def _take(self, number: Any) -> _Pending | None:
         """Take a call out of those in flight; later answers to it find nothing and are dropped."""
@@ -154,7 +217,7 @@ class TaskClientProtocol(LongLineReceiver):
         if self._take(number) is not None and self.connected:
             # The answer to this is of no interest, so its number is not kept.
             self.transport.write(
-                encode_request(("taskd.cancel", {"id": number}, str(next(self._numbers)), NO_TERMS))
+                encode_request(("taskd.cancel", {"id": number}, str(self._next_number()), NO_TERMS))
             )
 
     def _expire(self, number: int, function: str, timeout: float) -> None:
@@ -170,16 +233,30 @@ class TaskClientProtocol(LongLineReceiver):
             self._last_words = error
             self.transport.abortConnection()
             return
-        self.has_answered = True
+        told = error_from_wire(reply["error"]) if "error" in reply else None
+        if isinstance(told, Unauthorized):
+            self._unauthorized = (told, self._last_number)
+        else:
+            self.has_answered = True
+        number = reply.get("id")
         if "progress" in reply:
-            self._report(reply["id"], reply["progress"])
-        elif "id" not in reply:
-            self._last_words = error_from_wire(reply["error"])
-        elif (pending := self._take(reply["id"])) is not None:
-            if "result" in reply:
+            self._report(number, reply["progress"])
+        elif self._greeting and type(number) is int and number == GREETING_ID:
+            self._greeted(told)
+        elif told is not None and "id" not in reply:
+            self._last_words = told
+        elif (pending := self._take(number)) is not None:
+            if told is None:
                 pending.deferred.callback(reply["result"])
             else:
-                pending.deferred.errback(error_from_wire(reply["error"]))
+                pending.deferred.errback(told)
+
+    def _greeted(self, error: CallError | None) -> None:
+        """Take the answer to the token; a daemon that asks for none may not know the function."""
+        if error is not None and not isinstance(error, UnknownFunction):
+            self.refusal = error
+            self._unauthorized = None
+            self.transport.abortConnection()
 
     def _report(self, number: Any, progress: dict[str, Any]) -> None:
         pending = self._pending.get(number) if type(number) is int else None
@@ -199,21 +276,50 @@ class TaskClientProtocol(LongLineReceiver):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Fail every call that has no reply; none is left hanging."""
         self.connected = 0
+        stop(self._abort)
+        if self.refusal is None:
+            self.refusal = self._why_refused(reason)
         # First of all, so that whoever tries again at once is not sent here.
         self._on_lost(self)
-        # What ends a connection by anything but its close is a failed handshake.
-        may_have_started = reason.check(ConnectionClosed) is not None
+        if self._standing is not None and not self.has_stood:
+            self._standing.errback(self.refusal or ConnectFailed("the connection was lost"))
+        self._fail_calls(reason)
+        if self._closed is not None:
+            self._closed.callback(None)
+
+    def _why_refused(self, reason: Failure) -> ClientError | CallError | None:
+        if not self.has_stood:
+            return failure_of_handshake(self.transport, reason)
+        if self.has_answered:
+            # Whatever it was, the daemon knows us. In particular a function that is
+            # not for us is "unauthorized" too, and then the calls beside it may run.
+            return None
+        if self._unauthorized is not None:
+            return self._unauthorized[0]
+        return refused_certificate(reason)
+
+    def _fail_calls(self, reason: Failure) -> None:
+        # By its close alert the daemon says that it has answered all that it read;
+        # one that was killed sends none. A proxy would send one in either case.
+        was_closed = self._says_goodbye and self._closed is None and reason.check(ConnectionDone)
         error: CallError = ConnectionLost(
             f"the connection ended before the reply: {reason.getErrorMessage()}",
-            may_have_started=may_have_started,
+            may_have_started=not was_closed,
         )
+        # What was sent since the daemon said "unauthorized" is another matter: if
+        # it had closed the connection at that, there would hardly be any.
+        refused_until = self._last_number
+        if self._unauthorized is not None and self.refusal is self._unauthorized[0]:
+            refused_until = self._unauthorized[1]
         # An answer without an id is to the oldest request that has none: those
         # before it were answered, those behind it were never read.
         for number in list(self._pending):
             pending = self._take(number)
             if pending is None:
                 continue
-            if self._last_words is not None:
+            if self.refusal is not None and number <= refused_until:
+                pending.deferred.errback(self.refusal)
+            elif self._last_words is not None:
                 error, self._last_words = self._last_words, None
                 pending.deferred.errback(error)
                 error = ConnectionLost(
@@ -221,9 +327,6 @@ class TaskClientProtocol(LongLineReceiver):
                 )
             else:
                 pending.deferred.errback(error)
-        stop(self._abort)
-        if self._closed is not None:
-            self._closed.callback(None)
 
 
 class _Pending:
@@ -237,45 +340,6 @@ class _Pending:
         self.timer: IDelayedCall | None = None
 
 
-class Caller:
-    """The short form of a call, for whoever has the long one."""
-
-    call_with: Callable[..., Deferred[Any]]
-
-    def call(
-        self,
-        function: str,
-        /,
-        *args: Any,
-        timeout: float | None = None,
-        on_progress: OnProgress | None = None,
-        **keywords: Any,
-    ) -> Deferred[Any]:
-        """
-        Ask for a task: ``client.call("send_mail", to="…", subject="…", timeout=10)``.
-
-        Args:
-            function: The task's name.
-            args: Its positional arguments; or
-            timeout: As in ``call_with``. A task that has a parameter of this
-                name, or of the next one's, is called by ``call_with``.
-            on_progress: As in ``call_with``.
-            keywords: its keyword arguments.
-
-        Returns:
-            As ``call_with``.
-
-        Raises:
-            BadArguments: Both positional and keyword arguments are given.
-            TaskdError: As ``call_with``.
-        """
-        if args and keywords:
-            return fail(
-                BadArguments(f"{function}: give all arguments by position or all by keyword")
-            )
-        return self.call_with(function, keywords or args, timeout=timeout, on_progress=on_progress)
-
-
 class TaskClientFactory(ClientFactory, Caller):
     """
     One connection and its calls, for ``reactor.connectTCP`` and for endpoints.
@@ -286,11 +350,18 @@ class TaskClientFactory(ClientFactory, Caller):
     Args:
         reactor: Keeps the time limits.
         on_lost: Called with the protocol when the connection is gone.
+        token: As for ``TaskClient``.
+
+    Raises:
+        ValueError: *token* cannot be one.
     """
 
     noisy = False
 
-    def __init__(self, reactor: Any, on_lost: _Notify = lambda _: None) -> None:
+    def __init__(
+        self, reactor: Any, on_lost: _Notify = lambda _: None, *, token: str | None = None
+    ) -> None:
+        self._greeting = greeting(token)
         self._reactor = reactor
         self._on_lost = on_lost
         self._connection: TaskClientProtocol | None = None
@@ -332,7 +403,7 @@ class TaskClientFactory(ClientFactory, Caller):
 
     def buildProtocol(self, addr: IAddress | None) -> TaskClientProtocol:
         """Make the connection's protocol."""
-        return TaskClientProtocol(self._reactor, self._connected, self._lost)
+        return TaskClientProtocol(self._reactor, self._connected, self._lost, self._greeting)
 
     def _connected(self, connection: TaskClientProtocol) -> None:
         self._connection = connection
@@ -343,8 +414,11 @@ class TaskClientFactory(ClientFactory, Caller):
 
     def _lost(self, connection: TaskClientProtocol) -> None:
         if self._failure is None:
-            self._failure = ConnectionLost("the connection was lost", may_have_started=False)
+            self._failure = connection.refusal or ConnectionLost(
+                "the connection was lost", may_have_started=False
+            )
         self._on_lost(connection)
+        self._fail_gates("the connection was lost")
 
     def clientConnectionFailed(self, connector: IConnector, reason: Failure) -> None:
         """Fail every call that waits for the connection (``reactor.connectTCP``)."""
@@ -361,126 +435,3 @@ class TaskClientFactory(ClientFactory, Caller):
             self._failure = ConnectFailed(why)
         while self._gates:
             self._gates.popleft().errback(self._failure)
-
-
-Gate = Deferred[TaskClientProtocol]
-"""Fires with a connection, for a call that waits for one."""
-
-
-class Asked:
-    """
-    What one call asks for, until there is a connection to send it over.
-
-    Attributes:
-        failure: Why it cannot be asked at all, or None.
-    """
-
-    def __init__(
-        self,
-        reactor: Any,
-        function: str,
-        args: Args | tuple[Any, ...],
-        terms: Terms,
-        on_progress: OnProgress | None,
-    ) -> None:
-        self._reactor = reactor
-        self._function = function
-        self._args: Args = list(args) if isinstance(args, tuple) else args
-        self._terms = terms
-        self._on_progress = on_progress
-        self._began = reactor.seconds()
-        self.failure = self._why_not()
-
-    def _why_not(self) -> Exception | None:
-        """Tell what is wrong with it: the daemon would hang up on everybody who shares the line."""
-        timeout, priority = self._terms.timeout, self._terms.priority
-        if timeout is not None and not (type(timeout) in (int, float) and 0 < timeout < 1e9):
-            return ValueError(f"timeout must be seconds above 0 and below 1e9, not {timeout!r}")
-        if type(priority) is not int or abs(priority) > MAX_PRIORITY:
-            return ValueError(
-                f"priority must be an integer within +-{MAX_PRIORITY}, not {priority!r}"
-            )
-        if type(self._terms.ends_with_caller) is not bool:
-            return ValueError("cancel_on_disconnect must be True or False")
-        if type(self._args) not in (list, dict):
-            return BadArguments(
-                f"{self._function}: args must be a list, tuple or dict, not {self._args!r:.60}"
-            )
-        if type(self._function) is not str:
-            return UnknownFunction(f"a function's name is a string, not {self._function!r:.60}")
-        return None
-
-    def send(self, connection: TaskClientProtocol) -> Deferred[Any]:
-        """Send it, with what is left of its time."""
-        terms = self._terms
-        if terms.timeout is not None:
-            waited = self._reactor.seconds() - self._began
-            terms = terms._replace(timeout=max(0.001, round(terms.timeout - waited, 3)))
-        return connection.call(self._function, self._args, terms, self._on_progress)
-
-    def wait_in(self, gates: deque[Gate]) -> Deferred[Any]:
-        """Wait for a connection, at the end of *gates*; cancelling leaves the queue."""
-
-        def leave(gate: Gate) -> None:
-            if gate in gates:
-                gates.remove(gate)
-
-        gate: Gate = Deferred(leave)
-        gates.append(gate)
-        if self._terms.timeout is not None:
-            timer = self._reactor.callLater(self._terms.timeout, self._expire, gate, leave)
-            stopping(timer, gate)
-        return gate.addCallback(self.send)
-
-    def _expire(self, gate: Gate, leave: Callable[[Gate], None]) -> None:
-        leave(gate)
-        gate.errback(
-            TimeLimitExceeded(
-                f"no connection for {self._function} within {self._terms.timeout:g} s"
-            )
-        )
-
-
-class Outstanding:
-    """Count the calls whose Deferreds have not fired."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._waiting: list[Deferred[None]] = []
-
-    def add(self, called: Deferred[Any]) -> Deferred[Any]:
-        """Count a call until it has fired."""
-        self._count += 1
-        return called.addBoth(self._done)
-
-    def _done(self, result: Any) -> Any:
-        self._count -= 1
-        if not self._count:
-            waiting, self._waiting = self._waiting, []
-            for waiter in waiting:
-                waiter.callback(None)
-        return result
-
-    def none_left(self) -> Deferred[None]:
-        """Wait until there is none."""
-        if not self._count:
-            return succeed(None)
-        waiter: Deferred[None] = Deferred()
-        self._waiting.append(waiter)
-        return waiter
-
-
-def stop(timer: IDelayedCall | None) -> None:
-    """Stop a timer, if there is one and it has not fired."""
-    if timer is not None and timer.active():
-        timer.cancel()
-
-
-def stopping(timer: IDelayedCall, deferred: Deferred[Any]) -> Deferred[Any]:
-    """Stop a timer when a Deferred fires."""
-
-    def stop_and_pass(result: Any) -> Any:
-        stop(timer)
-        return result
-
-    return deferred.addBoth(stop_and_pass)

@@ -22,7 +22,8 @@ from taskd.errors import StartFailed
 __all__ = ["Credentials", "KeyPair", "read_key_pair", "read_pem", "read_secret", "read_tokens"]
 
 _IDENTITY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}")
-_DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
+_DIGEST_MARK: Final = "sha256"
+_DIGEST: Final = re.compile(rf"{_DIGEST_MARK}:([0-9a-f]{{64}})")
 _SHORTEST_TOKEN: Final = 16
 _LONGEST_TOKEN: Final = 1024
 _ONLY_IDENTITY: Final = "token"
@@ -107,7 +108,7 @@ def _tokens_in(text: str, option: str) -> Iterator[tuple[str, str]]:
         if not words or words.startswith("#"):
             continue
         identity, colon, token = words.partition(":")
-        if not colon:
+        if not colon or identity == _DIGEST_MARK:  # a digest has a colon of its own
             identity, token = _ONLY_IDENTITY, words
         identity, token = identity.strip(), token.strip()
         if not _IDENTITY.fullmatch(identity):
@@ -118,6 +119,10 @@ def _tokens_in(text: str, option: str) -> Iterator[tuple[str, str]]:
         if hashed := _DIGEST.fullmatch(token):
             yield identity, hashed[1]
             continue
+        if token.startswith(f"{_DIGEST_MARK}:"):
+            raise StartFailed(
+                f"{option}, line {number}: a digest is {_DIGEST_MARK}: and 64 digits, 0-9 and a-f"
+            )
         if not (_SHORTEST_TOKEN <= len(token) <= _LONGEST_TOKEN and token.isascii()):
             raise StartFailed(
                 f"{option}, line {number}: a token has {_SHORTEST_TOKEN} to {_LONGEST_TOKEN} "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Hashable
+from ipaddress import ip_address, ip_network
 from typing import Any, Final
 
 from twisted.logger import Logger, LogLevel
@@ -134,7 +135,10 @@ class Visitor:
         host = getattr(self._address, "host", None)
         if host is None:
             return "a Unix socket"
-        return str(host) if ":" not in host else ":".join(host.split(":")[:4])
+        address = ip_address(host)
+        if address.version == 4:
+            return str(address)
+        return str(address.ipv4_mapped or ip_network((int(address), 64), strict=False))
 
     def __str__(self) -> str:
         """Name it for the log."""
@@ -202,7 +206,7 @@ class Visitor:
             return
         who = grant.identity or "who shows nothing"
         self._door.say(
-            ("turned down", who, name),
+            ("turned down", who),  # which names there are is the caller's to say
             "{who}: {identity} may not call {name}",
             who=self,
             identity=who,

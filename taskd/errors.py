@@ -8,7 +8,12 @@ Every exception of taskd, and the code that each has on the wire.
      +-- StartFailed              the operator: the daemon could not boot
      +-- NotJson                  a value that JSON cannot carry
      +-- ClientError              the caller's own side
-     |    +-- ConnectFailed       no connection could be made; nothing was sent
+     |    +-- ConnectFailed       no connection could be made; nothing was run
+     |    |    +-- TlsFailed       one that TLS makes safe could not be made
+     |    |         +-- WrongServerName            the certificate is for another name
+     |    |         +-- CertificateExpired         it is out of date, or too early
+     |    |         +-- CertificateNotTrusted      nobody trusted has signed it
+     |    |         +-- ClientCertificateRefused   the daemon does not take ours
      |    +-- ClientClosed        the client was closed; nothing was sent
      +-- CallError                one call failed; it has a wire code
           +-- Malformed           malformed           (then the connection closes)
@@ -36,6 +41,9 @@ __all__ = [
     "BadArguments",
     "CallError",
     "Cancelled",
+    "CertificateExpired",
+    "CertificateNotTrusted",
+    "ClientCertificateRefused",
     "ClientClosed",
     "ClientError",
     "ConnectFailed",
@@ -51,9 +59,11 @@ __all__ = [
     "TaskFailed",
     "TaskdError",
     "TimeLimitExceeded",
+    "TlsFailed",
     "Unauthorized",
     "UnknownFunction",
     "WorkerLost",
+    "WrongServerName",
     "error_from_wire",
 ]
 
@@ -75,11 +85,31 @@ class NotJson(TaskdError):
 
 
 class ClientError(TaskdError):
-    """The call never left this process."""
+    """The call never came to a daemon that would run it."""
 
 
 class ConnectFailed(ClientError):
-    """No connection to the daemon could be made in time; nothing was sent."""
+    """No connection to the daemon could be made; nothing was run."""
+
+
+class TlsFailed(ConnectFailed):
+    """The connection cannot be made safe by TLS; the message says why, and what to do."""
+
+
+class WrongServerName(TlsFailed):
+    """The server's certificate is good, but for other names than the one that was asked for."""
+
+
+class CertificateExpired(TlsFailed):
+    """The server's certificate, or its authority's, is not valid at this time."""
+
+
+class CertificateNotTrusted(TlsFailed):
+    """The server's certificate is signed by nobody that this client trusts."""
+
+
+class ClientCertificateRefused(TlsFailed):
+    """The daemon takes no calls without a client certificate, or not with this one."""
 
 
 class ClientClosed(ClientError):

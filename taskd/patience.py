@@ -61,9 +61,18 @@ class Patience:
         if not self.awaits_line:
             self._since = now
 
-    def leave_unread(self, unsent_bytes: int, now: float) -> None:
-        """Take note that so much waits until it is taken."""
-        self._unread_since, self._unread_bytes = now, unsent_bytes
+    def leave_unread(self, unsent_bytes: int, added_bytes: int, now: float) -> None:
+        """
+        Take note that more waits until it is taken.
+
+        Args:
+            unsent_bytes: How much waits now.
+            added_bytes: How much of it was just added; that alone gives nobody more time.
+            now: Seconds that never go back.
+        """
+        if self._unread_since is None or unsent_bytes - added_bytes < self._unread_bytes:
+            self._unread_since = now
+        self._unread_bytes = unsent_bytes
 
     def all_read(self) -> None:
         """Take note that nothing waits any more."""

@@ -130,11 +130,9 @@ class TaskProtocol(LongLineReceiver):
         """Take what came; replies that are ready at once leave in one write."""
         if self._is_hanging_up:
             return
-        if self._patience.awaits_line:
+        if self._patience.awaits_line and b"\n" in data:
             # An empty line is no request.
-            self._patience.awaits_line = b"\n" not in (
-                data if self.is_mid_line else data.lstrip(b"\r\n")
-            )
+            self._patience.awaits_line = b"\n" not in (self.unread + data).lstrip(b"\r\n")
         if self._factory.idle_seconds is not None and b"\n" in data:
             self._patience.stir(self._factory.clock())
         is_within = self._is_receiving  # a pause has ended while a line was taken
@@ -154,13 +152,14 @@ class TaskProtocol(LongLineReceiver):
         """Send what waits for the end of a batch."""
         replies = self._replies
         if replies:
-            written = self.transport.write(b"".join(replies) if len(replies) > 1 else replies[0])
+            data = b"".join(replies) if len(replies) > 1 else replies[0]
+            written = self.transport.write(data)
             replies.clear()
             if self._factory.idle_seconds is not None:
                 self._patience.stir(self._factory.clock())  # its peer may take its time from here
-            if written is False and self.transport.unsent_bytes > _MOST_UNSENT_BYTES:
+            if written is False and (unsent := self.transport.unsent_bytes) > _MOST_UNSENT_BYTES:
                 self.transport.on_sent = self._read_on
-                self._patience.leave_unread(self.transport.unsent_bytes, self._factory.clock())
+                self._patience.leave_unread(unsent, len(data), self._factory.clock())
                 self._hold(_UNREAD, True)
 
     def _read_on(self) -> None:
@@ -420,7 +419,8 @@ class TaskServerFactory(Factory):
 
     def longest_line(self, grant: Grant | None) -> int:
         """Tell how many bytes a line may have of somebody who is known, or not."""
-        return self.settings.max_line_bytes if grant is not None else _LONGEST_LINE_OF_STRANGERS
+        most = self.settings.max_line_bytes
+        return most if grant is not None else min(most, _LONGEST_LINE_OF_STRANGERS)
 
     @property
     def _counted(self) -> int:

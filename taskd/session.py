@@ -176,7 +176,7 @@ class Session:
                 self._refuse(error.id_json, error)
             return
         except CallError as error:
-            self._emit(id_json, encode_error(id_json, error))
+            self._answer_error(id_json, error)
             return
         pending = None
         if function.runs_at_once and terms is NO_TERMS:
@@ -210,12 +210,11 @@ class Session:
         grant = self.grant
         self._peer.turned_down(name, grant)
         if grant is None:
-            error = Unauthorized(f"say first who you are: call {AUTH} with a token")
-            self._refuse(id_json, error)
+            why = f"say first who you are: call {AUTH} with a token"
         else:
             who = grant.identity or "whoever has not said who it is"
-            error = Unauthorized(f"{who} may not call {name!a:.140}; the daemon's --allow says so")
-            self._emit(id_json, encode_error(id_json, error))
+            why = f"{who} may not call {name!a:.140}; the daemon's --allow says so"
+        self._answer_error(id_json, Unauthorized(why))
 
     def _find_elsewhere(self, name: str, args: Args) -> tuple[Function, list[Any], dict[str, Any]]:
         """Let a name and arguments pass that another worker, of newer code perhaps, knows."""
@@ -226,9 +225,9 @@ class Session:
 
     def receive_too_much(self, limit: int) -> None:
         """Answer a line that is longer than *limit* bytes."""
-        self.turn_away(
-            LineTooLong(f"a line may have {limit} bytes; the daemon's --max-line sets it")
-        )
+        is_known = self.grant is not None
+        why = "; the daemon's --max-line sets it" if is_known else " until it is known who calls"
+        self.turn_away(LineTooLong(f"a line may have {limit} bytes{why}"))
 
     def turn_away(self, error: CallError) -> None:
         """Answer a peer that may not stay, whatever it sends, and hang up."""
@@ -299,18 +298,24 @@ class Session:
             self._is_in_question = True
             self._peer.identify(token, partial(self._identified, id_json))
         else:
-            error = BadArguments(f"{AUTH}: a token is a string")
-            self._emit(id_json, encode_error(id_json, error))
+            self._answer_error(id_json, BadArguments(f"{AUTH}: a token is a string"))
 
     def _identified(self, id_json: str, grant: Grant | None) -> None:
         self._is_in_question = False
-        if self._is_ending:
-            self._hang_up_if_done()
-        elif grant is None:
+        if self._is_gone:
+            return
+        if grant is None:
             self._refuse(id_json, Unauthorized("nobody has this token"))
         else:
             self._emit(id_json, encode_result(id_json, grant.identity or None))
             self._rest_if_quiet()
+
+    def _answer_error(self, id_json: str, error: CallError) -> None:
+        """Answer what has come to nothing; who is not known yet gets no second attempt."""
+        if self.grant is None:
+            self._refuse(id_json, error)
+        else:
+            self._emit(id_json, encode_error(id_json, error))
 
     def _refuse(self, id_json: str, error: CallError) -> None:
         """Answer what breaks the conversation; nothing behind it is ever looked at."""

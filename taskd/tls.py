@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
 from twisted.internet.protocol import Factory
@@ -21,6 +22,7 @@ from twisted.python.failure import Failure
 
 from taskd.credentials import KeyPair
 from taskd.errors import StartFailed
+from taskd.wire import ALPN
 
 __all__ = ["Secure", "SecureTransport", "identity_of", "reason_of"]
 
@@ -90,7 +92,9 @@ class Secure:
     """
     Makes the TLS connections of one listening socket.
 
-    TLS 1.2 and 1.3; no compression, no renegotiation, no session tickets.
+    TLS 1.2 and 1.3; no compression, no renegotiation, no session tickets. A
+    caller that names protocols (ALPN) and not ours has no handshake: a browser's
+    request cannot be led here by who controls the network.
 
     Args:
         pair: What is shown to callers.
@@ -113,7 +117,7 @@ class Secure:
                 f"{pair.origin}: the private key is encrypted, and nobody is there to be asked "
                 "for its passphrase; `openssl pkey` takes it off"
             ) from None
-        except ValueError as error:
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise StartFailed(f"{pair.origin}: the certificate or its key: {error}") from None
         trusted = _authorities(client_ca) if client_ca else None
         options = CertificateOptions(
@@ -121,6 +125,7 @@ class Secure:
             certificate=crypto.X509.from_cryptography(own),
             extraCertChain=[crypto.X509.from_cryptography(one) for one in chain],
             trustRoot=trusted,
+            acceptableProtocols=[ALPN],
         )
         try:
             options.getContext().check_privatekey()

@@ -27,6 +27,7 @@ from taskd.errors import CallError, Malformed, NotJson
 
 __all__ = [
     "ABSENT",
+    "ALPN",
     "MAX_DEPTH",
     "MAX_PRIORITY",
     "NO_TERMS",
@@ -60,6 +61,9 @@ _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]')
 _NO_ARGS: Final[list[Any]] = []
 _USUAL_KEYS: Final = frozenset({"function", "args", "id"})
 _REQUEST_KEYS: Final = _USUAL_KEYS | {"timeout", "progress", "priority", "cancel_on_disconnect"}
+
+ALPN: Final = b"taskd/1"
+"""The name of this protocol in a TLS handshake (RFC 7301)."""
 
 MAX_PRIORITY: Final = 1_000_000_000
 """Priorities lie within so much of 0."""

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from OpenSSL import SSL
+from service_identity import VerificationError
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint
-from twisted.internet.error import ConnectError, ConnectionAborted
+from twisted.internet.error import ConnectError, ConnectionAborted, ConnectionDone
 from twisted.internet.error import ConnectionLost as TwistedConnectionLost
+from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
 
 from taskd import errors
 from taskd.client import TaskClient, TaskClientFactory, TaskClientProtocol, call_once
 from taskd.errors import (
     BadArguments,
     Cancelled,
+    ClientCertificateRefused,
     ClientClosed,
     ConnectFailed,
     ConnectionLost,
@@ -26,15 +31,19 @@ from taskd.errors import (
     Overloaded,
     TaskFailed,
     TimeLimitExceeded,
+    TlsFailed,
+    Unauthorized,
     UnknownFunction,
     WorkerLost,
+    WrongServerName,
 )
 from taskd.functions import progress, task
-from taskd.wire import MAX_PRIORITY, Terms
+from taskd.wire import ALPN, MAX_PRIORITY, Terms
 from tests.support import (
     Loop,
     MemoryDaemon,
     MemoryEndpoint,
+    MemoryTransport,
     ScriptedDaemon,
     ScriptedEndpoint,
 )
@@ -43,6 +52,44 @@ _HALF = 0.5
 """What the dice show, always: so the delays are 0.05 s, 0.1 s, 0.2 s and so on."""
 
 _DEAD = ConnectError(string="nobody listens there")
+
+
+_NO_TLS = SSL.Error([("SSL routines", "", "wrong version number")])
+_NO_CERTIFICATE = SSL.Error([("SSL routines", "", "tlsv13 alert certificate required")])
+
+
+@implementer(ISSLTransport)
+class TlsTransport(MemoryTransport):
+    """A connection over TLS whose handshake the test makes."""
+
+    def getHandle(self) -> object:
+        return object()
+
+    def getPeerCertificate(self) -> None:
+        return None
+
+
+class TlsDaemon(ScriptedDaemon):
+    """The far end of a connection over TLS."""
+
+    def __init__(self, client: TaskClientProtocol) -> None:
+        self.client = client
+        self.transport = TlsTransport()
+        client.makeConnection(self.transport)
+
+    def shake_hands(self, protocol: bytes | None = ALPN) -> None:
+        """Complete the handshake, in which a protocol was agreed upon, or none."""
+        self.transport.negotiatedProtocol = protocol
+        self.client.handshakeCompleted()
+
+
+class TlsEndpoint(ScriptedEndpoint):
+    """Where a client connects to over TLS; its attempts succeed before the handshake."""
+
+    def accept(self, number: int = -1) -> Any:
+        daemon = TlsDaemon(self._factories[number].buildProtocol(None))
+        self.attempts[number].callback(daemon.client)
+        return daemon
 
 
 class ClientTestCase(SynchronousTestCase):
@@ -267,12 +314,6 @@ class LossTests(ClientTestCase):
         called = self.client.call("f")
         self.daemon.hang_up(TwistedConnectionLost())
         self.failureResultOf(called, WorkerLost)
-
-    def test_a_failed_handshake(self) -> None:
-        """What was sent on a connection whose handshake failed was certainly not started."""
-        called = self.client.call("f")
-        self.daemon.hang_up(ValueError("bad certificate"))
-        self.assertFalse(self.failureResultOf(called, ConnectionLost).value.may_have_started)
 
     def test_an_error_for_the_whole_connection(self) -> None:
         """An error without an id is the oldest unanswered call's; those behind it never began."""
@@ -791,6 +832,467 @@ class CloseTests(ClientTestCase):
         self.failureResultOf(called, ConnectionLost)
         self.successResultOf(closed)
         self.assertNothingIsLeft()
+
+
+class TlsTestCase(ClientTestCase):
+    connect_timeout = 1000.0
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.endpoint = TlsEndpoint()
+        self.client = self.made()
+
+    def made(self, **options: Any) -> TaskClient:
+        options = {"pool": self.pool, "connect_timeout": self.connect_timeout, **options}
+        return TaskClient(self.loop, self.endpoint, jitter=lambda: _HALF, **options)
+
+    def connected(self) -> ScriptedDaemon:
+        called = self.client.call("ping")
+        daemon = self.endpoint.accept()
+        daemon.shake_hands()
+        daemon.send(id=daemon.requests[0]["id"], result="pong")
+        self.assertEqual(self.successResultOf(called), "pong")
+        return daemon
+
+
+class HandshakeTests(TlsTestCase):
+    """Over TLS a connection stands when the handshake is over, and not before."""
+
+    def test_nothing_is_sent_before(self) -> None:
+        """Nothing is sent before the handshake is over, and then the token is sent first."""
+        self.client = self.made(token="secret")
+        self.client.call("f")
+        daemon = self.endpoint.accept()
+        self.client.call("g")
+        self.assertEqual(daemon.requests, [])
+        daemon.shake_hands()
+        names = [request["function"] for request in daemon.requests]
+        self.assertEqual(names, ["taskd.auth", "f", "g"])
+
+    def test_an_attempt_until_then(self) -> None:
+        """A connection in its handshake is an attempt, and counts for the size of the pool."""
+        for name in "fg":
+            self.client.call(name)
+        daemon = self.endpoint.accept()
+        self.client.call("h")
+        self.assertEqual(len(self.endpoint.attempts), 1)
+        daemon.shake_hands()
+        self.assertEqual(len(daemon.requests), 3)
+
+    def test_a_handshake_that_fails(self) -> None:
+        """When TLS fails, what waits fails by its reason at once, and the delay grows."""
+        for delay in (0.05, 0.1, 0.2):
+            calls = [self.client.call("f"), self.client.call("g")]
+            self.loop.advance(delay + 0.01)
+            self.endpoint.accept().hang_up(_NO_TLS)
+            for called in calls:
+                error = self.failureResultOf(called, TlsFailed).value
+                self.assertIn("wrong version number", str(error))
+        self.assertEqual(len(self.endpoint.attempts), 3)
+
+    def test_the_cause(self) -> None:
+        """The cause that was found is the exception that the calls fail with."""
+        for reason, kind in (
+            (VerificationError(errors=[]), WrongServerName),
+            (_NO_CERTIFICATE, ClientCertificateRefused),
+            (_NO_TLS, TlsFailed),
+            (TwistedConnectionLost(), TlsFailed),
+        ):
+            called = self.client.call("f")
+            self.loop.advance(10)
+            self.endpoint.accept().hang_up(reason)
+            self.assertIs(type(self.failureResultOf(called).value), kind)
+
+    def test_calls_between_attempts(self) -> None:
+        """A call that may not wait for the next attempt fails by the reason of the last one."""
+        self.client = self.made(connect_timeout=0.01)
+        self.client.call("f").addErrback(lambda _: None)
+        self.endpoint.accept().hang_up(_NO_TLS)
+        called = self.client.call("g")
+        self.assertNoResult(called)
+        self.loop.advance(0.01)
+        self.failureResultOf(called, TlsFailed)
+
+    def test_a_call_again_at_once(self) -> None:
+        """A call that is made again the moment it failed waits for the next attempt."""
+        called = self.client.call("f").addErrback(lambda _: self.client.call("f"))
+        self.endpoint.accept().hang_up(_NO_TLS)
+        self.assertNoResult(called)
+        self.loop.advance(0.06)
+        daemon = self.endpoint.accept()
+        daemon.shake_hands()
+        self.assertEqual([request["function"] for request in daemon.requests], ["f"])
+
+    def test_those_behind_may_be_cancelled(self) -> None:
+        """A call that fails with its connection may cancel those that wait behind it."""
+        first, second = self.client.call("f"), self.client.call("g")
+        first.addErrback(lambda _: second.cancel())
+        self.endpoint.accept().hang_up(_NO_TLS)
+        self.failureResultOf(second, CancelledError)
+        self.assertIsNone(self.successResultOf(first))
+
+    def test_a_handshake_without_an_end(self) -> None:
+        """A handshake that comes to no end is broken off, and fails what waits for it."""
+        called = self.client.call("f")
+        daemon = self.endpoint.accept()
+        self.loop.advance(29.9)
+        self.assertFalse(daemon.transport.disconnected)
+        self.loop.advance(0.1)
+        self.assertTrue(daemon.transport.disconnected)
+        daemon.hang_up(ConnectionAborted())
+        self.failureResultOf(called, TlsFailed)
+        self.client.call("f")
+        self.loop.advance(0.06)
+        self.assertEqual(len(self.endpoint.attempts), 2)
+
+    def test_no_timer_is_left(self) -> None:
+        """A handshake that is over leaves no timer behind."""
+        self.connected()
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+
+    def test_a_handshake_that_comes_too_late(self) -> None:
+        """A handshake that completes on a connection that is given up does not count."""
+        self.client.call("f")
+        daemon = self.endpoint.accept()
+        daemon.transport.disconnecting = True
+        daemon.shake_hands()
+        self.assertEqual(daemon.requests, [])
+
+    def test_close(self) -> None:
+        """Closing gives up a handshake that nobody waits for."""
+        self.client.call("f").addErrback(lambda _: None).cancel()
+        daemon = self.endpoint.accept()
+        self.assertIsNone(self.successResultOf(self.client.close()))
+        self.assertTrue(daemon.transport.disconnected)
+        daemon.hang_up(ConnectionAborted())
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+
+    def test_call_once(self) -> None:
+        """``call_once`` fails by the reason at once, and leaves nothing behind."""
+        called = call_once(self.loop, self.endpoint, "f")
+        self.endpoint.accept().hang_up(_NO_TLS)
+        self.failureResultOf(called, TlsFailed)
+        self.assertEqual(self.loop.getDelayedCalls(), [])
+
+
+class HandshakePoolTests(TlsTestCase):
+    pool = 2
+
+    def test_another_connection(self) -> None:
+        """While another connection stands, a failed handshake fails nothing."""
+        daemon = self.connected()
+        self.client.call("f")
+        called = self.client.call("g")
+        self.endpoint.accept().hang_up(_NO_TLS)
+        self.assertNoResult(called)
+        daemon.send(id=daemon.requests[-1]["id"], result=None)
+        self.assertEqual([request["function"] for request in daemon.requests][1:], ["f", "g"])
+
+    def test_another_attempt(self) -> None:
+        """While another attempt is under way, a failed handshake fails nothing either."""
+        calls = [self.client.call(name) for name in "fg"]
+        first, second = self.endpoint.accept(0), self.endpoint.accept(1)
+        first.hang_up(_NO_TLS)
+        for called in calls:
+            self.assertNoResult(called)
+        second.hang_up(_NO_TLS)
+        for called in calls:
+            self.failureResultOf(called, TlsFailed)
+
+
+class TlsEndTests(TlsTestCase):
+    """What the end of a connection over TLS says of the calls in flight."""
+
+    def lost(self, reason: Exception, *, answered: bool) -> Any:
+        if answered:
+            daemon = self.connected()
+        else:
+            self.client.call("first").addErrback(lambda _: None)
+            daemon = self.endpoint.accept()
+            daemon.shake_hands()
+        called = self.client.call("f")
+        daemon.hang_up(reason)
+        self.loop.advance(10)
+        return self.failureResultOf(called).value
+
+    def test_a_close(self) -> None:
+        """What a daemon that closes in order did not answer, it did not start."""
+        for answered in (False, True):
+            error = self.lost(ConnectionDone(), answered=answered)
+            self.assertIs(type(error), ConnectionLost)
+            self.assertFalse(error.may_have_started)
+
+    def test_a_loss(self) -> None:
+        """What was in flight as the connection broke may have been started."""
+        for reason in (TwistedConnectionLost(), SSL.Error([("", "", "bad record mac")])):
+            for answered in (False, True):
+                error = self.lost(reason, answered=answered)
+                self.assertIs(type(error), ConnectionLost)
+                self.assertTrue(error.may_have_started)
+
+    def test_a_close_of_something_in_between(self) -> None:
+        """The close of what does not speak for the daemon says nothing of what was started."""
+        connection = TaskClientFactory(self.loop).buildProtocol(None)
+        daemon = TlsDaemon(connection)
+        daemon.shake_hands(None)
+        called = connection.call("f", [])
+        daemon.hang_up(ConnectionDone())
+        self.assertTrue(self.failureResultOf(called, ConnectionLost).value.may_have_started)
+
+    def test_our_own_close(self) -> None:
+        """When it was us who closed, the daemon's close says nothing of the calls."""
+        connection = TaskClientFactory(self.loop).buildProtocol(None)
+        daemon = TlsDaemon(connection)
+        daemon.shake_hands()
+        called = connection.call("f", [])
+        connection.close()
+        daemon.hang_up(ConnectionDone())
+        self.assertTrue(self.failureResultOf(called, ConnectionLost).value.may_have_started)
+
+    def test_a_refused_certificate(self) -> None:
+        """In TLS 1.3 a certificate is refused behind the handshake, before any answer."""
+        error = self.lost(_NO_CERTIFICATE, answered=False)
+        self.assertIs(type(error), ClientCertificateRefused)
+
+    def test_a_refused_certificate_is_a_failed_attempt(self) -> None:
+        """A refused certificate fails what waits, and delays the next attempt."""
+        self.client.call("f").addErrback(lambda _: None)
+        daemon = self.endpoint.accept()
+        daemon.shake_hands()
+        waiting = []
+        self.client.call("g").addErrback(lambda _: waiting.append(self.client.call("h")))
+        daemon.hang_up(_NO_CERTIFICATE)
+        self.assertEqual(len(self.endpoint.attempts), 1)
+        self.loop.advance(0.06)
+        self.endpoint.accept().hang_up(_NO_CERTIFICATE)
+        self.failureResultOf(waiting[0], ClientCertificateRefused)
+
+    def test_an_alert_after_an_answer(self) -> None:
+        """An alert that comes after an answer is no refusal: what was in flight may have run."""
+        error = self.lost(_NO_CERTIFICATE, answered=True)
+        self.assertIs(type(error), ConnectionLost)
+        self.assertTrue(error.may_have_started)
+
+
+_WRONG_TOKEN = {"code": "unauthorized", "message": "nobody has this token"}
+
+
+class TokenTests(ClientTestCase):
+    """A client that shows a token."""
+
+    connect_timeout = 1000.0
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.client = self.made("secret")
+
+    def made(self, token: str | None, pool: int = 1) -> TaskClient:
+        return TaskClient(
+            self.loop,
+            self.endpoint,
+            token=token,
+            pool=pool,
+            connect_timeout=self.connect_timeout,
+            jitter=lambda: _HALF,
+        )
+
+    def test_it_is_shown_first(self) -> None:
+        """The token is the first that is sent on a connection, and calls do not wait for more."""
+        self.client.call("f").addErrback(lambda _: None)
+        daemon = self.endpoint.accept()
+        auth, call = daemon.requests
+        expected = {"function": "taskd.auth", "args": {"token": "secret"}, "id": 0}
+        self.assertEqual(auth, expected)
+        self.assertEqual(call["function"], "f")
+        daemon.send(id=0, result={"identity": "me"})
+        self.client.call("g").addErrback(lambda _: None)
+        self.assertEqual(daemon.requests[-1]["function"], "g")
+        daemon.hang_up()
+        self.client.call("h")
+        self.assertEqual(self.endpoint.accept().requests[0], expected)
+
+    def test_a_wrong_one(self) -> None:
+        """A wrong token ends the connection, and every call on it fails by the daemon's words."""
+        calls = [self.client.call("f", timeout=5) for _ in range(3)]
+        daemon = self.endpoint.accept()
+        self.loop.advance(4)
+        daemon.send(id=0, error=_WRONG_TOKEN)
+        self.assertTrue(daemon.transport.disconnected)
+        calls.append(self.client.call("too late"))
+        daemon.hang_up(ConnectionAborted())
+        for called in calls:
+            error = self.failureResultOf(called, Unauthorized).value
+            self.assertEqual(error.message, "nobody has this token")
+
+    def test_answers_behind_it(self) -> None:
+        """A daemon that refuses each call as well is understood."""
+        called = self.client.call("f")
+        daemon = self.endpoint.accept()
+        daemon.send(id=0, error=_WRONG_TOKEN)
+        daemon.send(id=daemon.requests[1]["id"], error={**_WRONG_TOKEN, "message": "first auth"})
+        self.failureResultOf(called, Unauthorized)
+        daemon.hang_up()
+
+    def test_a_wrong_one_is_a_failed_attempt(self) -> None:
+        """After a wrong token the next attempt waits, ever longer; then what waits fails, too."""
+        self.client.call("f").addErrback(lambda _: None)
+        for delay in (0.05, 0.1, 0.2):
+            daemon = self.endpoint.accept()
+            daemon.send(id=0, error=_WRONG_TOKEN)
+            daemon.hang_up()
+            attempts = len(self.endpoint.attempts)
+            self.client.call("f").addErrback(lambda _: None)
+            self.loop.advance(delay - 0.01)
+            self.assertEqual(len(self.endpoint.attempts), attempts)
+            self.loop.advance(0.02)
+            self.assertEqual(len(self.endpoint.attempts), attempts + 1)
+
+    def test_calls_that_wait(self) -> None:
+        """While another attempt is under way, a wrong token fails nothing that waits for it."""
+        self.client = self.made("secret", pool=2)
+        calls = [self.client.call(name) for name in "fg"]
+        for number, called in enumerate(calls):
+            self.assertNoResult(called)
+            daemon = self.endpoint.accept(number)
+            daemon.send(id=0, error=_WRONG_TOKEN)
+            daemon.hang_up()
+            self.failureResultOf(called, Unauthorized)
+        self.assertEqual(len(self.endpoint.attempts), 2)
+
+    def test_another_error(self) -> None:
+        """Any other error that the token gets is every call's as well."""
+        called = self.client.call("f")
+        daemon = self.endpoint.accept()
+        daemon.send(id=0, error={"code": "overloaded", "message": "later"})
+        daemon.hang_up()
+        self.failureResultOf(called, Overloaded)
+
+    def test_a_daemon_that_knows_no_tokens(self) -> None:
+        """An older daemon, which does not know what a token is, goes on to serve."""
+        called = self.client.call("f")
+        daemon = self.endpoint.accept()
+        daemon.send(id=0, error={"code": "unknown-function", "message": "taskd.auth"})
+        daemon.send(id=daemon.requests[1]["id"], result="served")
+        self.assertEqual(self.successResultOf(called), "served")
+        self.assertFalse(daemon.transport.disconnected)
+
+    def test_an_id_that_looks_like_it(self) -> None:
+        """Only the answer with the token's own id is its answer."""
+        called = self.client.call("f")
+        daemon = self.endpoint.accept()
+        for id_ in (False, 0.0, "0", None):
+            daemon.send(id=id_, error=_WRONG_TOKEN)
+        self.assertFalse(daemon.transport.disconnected)
+        self.assertNoResult(called)
+        self.client = self.made(None)
+        other = self.client.call("f")
+        daemon = self.endpoint.accept()
+        daemon.send(id=0, error=_WRONG_TOKEN)
+        self.assertFalse(daemon.transport.disconnected)
+        self.assertNoResult(other)
+
+    def test_a_factory(self) -> None:
+        """A factory shows its token, too, and its calls fail by the daemon's words."""
+        factory = TaskClientFactory(self.loop, token="secret")
+        calls = [factory.call("f")]
+        daemon = ScriptedDaemon(factory.buildProtocol(None))
+        self.assertEqual(daemon.requests[0]["args"], {"token": "secret"})
+        daemon.send(id=0, error=_WRONG_TOKEN)
+        daemon.hang_up()
+        calls.append(factory.call("f"))
+        for called in calls:
+            self.failureResultOf(called, Unauthorized)
+
+    def test_it_is_not_told(self) -> None:
+        """The token stands in no representation, and in no failure."""
+        called = self.client.call("f")
+        factory = TaskClientFactory(self.loop, token="secret")
+        connection = factory.buildProtocol(None)
+        daemon = self.endpoint.accept()
+        daemon.send(id=0, error=_WRONG_TOKEN)
+        daemon.hang_up()
+        told = self.failureResultOf(called)
+        for thing in (self.client, factory, connection, told, told.getTraceback()):
+            self.assertNotIn("secret", repr(thing))
+
+    def test_what_cannot_be(self) -> None:
+        """A token that cannot be is refused when it is given."""
+        for token in ("", "line\n"):
+            with self.assertRaises(ValueError):
+                self.made(token)
+            with self.assertRaises(ValueError):
+                TaskClientFactory(self.loop, token=token)
+            self.failureResultOf(call_once(self.loop, self.endpoint, "f", token=token), ValueError)
+
+
+class UnauthorizedTests(ClientTestCase):
+    """A daemon that does not know the caller, or has a function that is not for it."""
+
+    connect_timeout = 1000.0
+
+    def asked(self, count: int) -> tuple[list[Deferred[Any]], ScriptedDaemon]:
+        calls = [self.client.call("f", n) for n in range(count)]
+        return calls, self.endpoint.accept()
+
+    def refuse(self, daemon: ScriptedDaemon, number: int) -> None:
+        error = {"code": "unauthorized", "message": "show a token"}
+        daemon.send(id=daemon.requests[number]["id"], error=error)
+
+    def test_and_then_the_end(self) -> None:
+        """When all that the daemon said is that it knows nobody, it has run nothing."""
+        calls, daemon = self.asked(3)
+        self.refuse(daemon, 0)
+        daemon.hang_up()
+        for called in calls:
+            error = self.failureResultOf(called, Unauthorized).value
+            self.assertEqual(error.message, "show a token")
+
+    def test_without_an_id(self) -> None:
+        """The same is so if it did not say which request it meant."""
+        calls, daemon = self.asked(3)
+        daemon.send(error={"code": "unauthorized", "message": "show a token"})
+        daemon.hang_up()
+        for called in calls:
+            self.failureResultOf(called, Unauthorized)
+
+    def test_it_is_a_failed_attempt(self) -> None:
+        """A daemon that knows nobody is not asked again at once."""
+        calls, daemon = self.asked(1)
+        self.refuse(daemon, 0)
+        self.failureResultOf(calls[0], Unauthorized)
+        daemon.hang_up()
+        self.client.call("f")
+        self.assertEqual(len(self.endpoint.attempts), 1)
+        self.loop.advance(0.06)
+        self.assertEqual(len(self.endpoint.attempts), 2)
+
+    def test_a_function_that_is_not_for_us(self) -> None:
+        """A function that is not for the caller fails alone, and the others go on."""
+        calls, daemon = self.asked(3)
+        self.refuse(daemon, 1)
+        self.failureResultOf(calls[1], Unauthorized)
+        daemon.send(id=daemon.requests[0]["id"], result="served")
+        self.assertEqual(self.successResultOf(calls[0]), "served")
+        daemon.hang_up()
+        self.assertTrue(self.failureResultOf(calls[2], ConnectionLost).value.may_have_started)
+
+    def test_progress_before_it(self) -> None:
+        """A daemon that has run anything knows the caller, so its end is a plain loss."""
+        calls, daemon = self.asked(2)
+        daemon.send(id=daemon.requests[0]["id"], progress={"done": 1})
+        self.refuse(daemon, 1)
+        self.failureResultOf(calls[1], Unauthorized)
+        daemon.hang_up()
+        self.assertTrue(self.failureResultOf(calls[0], ConnectionLost).value.may_have_started)
+
+    def test_calls_after_it(self) -> None:
+        """A call that was sent since then may have been started: the daemon had not closed."""
+        calls, daemon = self.asked(1)
+        self.refuse(daemon, 0)
+        self.failureResultOf(calls[0], Unauthorized)
+        later = self.client.call("g")
+        daemon.hang_up()
+        self.assertTrue(self.failureResultOf(later, ConnectionLost).value.may_have_started)
 
 
 class OddInputTests(ClientTestCase):
