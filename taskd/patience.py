@@ -10,10 +10,14 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-__all__ = ["UNREAD_SECONDS", "Patience", "Verdict"]
+__all__ = ["MOST_UNREAD_BYTES", "UNREAD_SECONDS", "Patience", "Verdict"]
 
 UNREAD_SECONDS: Final = 60.0
 """A peer that has much to read, and takes none of it for so long, will not come back to it."""
+
+
+MOST_UNREAD_BYTES: Final = 256 * 1024 * 1024
+"""Replies to calls that were in flight already go on to pile up for a peer, up to here."""
 
 
 class Verdict(Enum):
@@ -88,9 +92,10 @@ class Patience:
             is_owed: True if a request of its has no reply yet.
         """
         if self._unread_since is not None:
+            is_stuck = now - self._unread_since > UNREAD_SECONDS
             if unsent_bytes < self._unread_bytes:
                 self._unread_since, self._unread_bytes = now, unsent_bytes
-            elif now - self._unread_since > UNREAD_SECONDS:
+            elif is_stuck or unsent_bytes > MOST_UNREAD_BYTES:
                 self._unread_since = now
                 return Verdict.UNREAD
         limit = self._first if self.awaits_line else self._idle
