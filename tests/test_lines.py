@@ -6,8 +6,10 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.internet.error import ConnectionDone
 from twisted.internet.testing import StringTransport
 from twisted.protocols.basic import LineReceiver
+from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.lines import EagerWrites, LongLineReceiver, OneConnection
@@ -189,6 +191,26 @@ class LongLineReceiverTests(SynchronousTestCase):
         receiver.dataReceived(b"a\nbb\n")
         self.assertEqual(receiver.unread, b"")
 
+    def test_forgetting(self) -> None:
+        """What is unread, in a line or behind a pause, can be let go of."""
+        for sent in (b"a", b"p\nb\nc", b"p\n"):
+            receiver = connected(Recorder())
+            receiver.dataReceived(sent)
+            receiver.forget_unread()
+            self.assertEqual((receiver.unread, receiver.is_mid_line), (b"", False))
+
+    def test_tiny_pieces(self) -> None:
+        """However a line is cut, what waits of it takes few pieces, and comes whole."""
+        receiver = connected(Recorder())
+        receiver.MAX_LENGTH = 10**5
+        most = 0
+        for _ in range(10**5):
+            receiver.dataReceived(b"x")
+            most = max(most, len(receiver._pieces))
+        self.assertLess(most, 200)
+        receiver.dataReceived(b"\n")
+        self.assertEqual(receiver.came, [b"x" * 10**5])
+
     def test_a_line_without_an_end(self) -> None:
         """A line that grows too long is told before its end comes, and nothing of it is kept."""
         receiver = connected(Recorder())
@@ -297,6 +319,9 @@ class PatientTransport:
         self._tempDataBuffer.append(data)
         self._tempDataLen += len(data)
 
+    def connectionLost(self, reason: Failure) -> None:
+        self.connected = False
+
 
 class EagerTransport(EagerWrites, PatientTransport):
     """The eager one."""
@@ -341,6 +366,15 @@ class EagerWritesTests(SynchronousTestCase):
         self.transport.write(b"third")
         self.assertEqual((self.socket.taken, self.transport.unsent_bytes), (b"", 16))
         self.assertTrue(self.transport.has_unsent)
+
+    def test_what_nobody_will_read(self) -> None:
+        """What waits when the connection has gone is let go of."""
+        self.socket.room = 0
+        self.transport.write(b"hello")
+        self.transport.dataBuffer = b"before"
+        self.transport.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual((self.transport.has_unsent, self.transport.unsent_bytes), (False, 0))
+        self.assertFalse(self.transport.connected)
 
     def test_a_connection_that_is_gone(self) -> None:
         """On a connection that is gone nothing is sent."""

@@ -1,0 +1,1 @@
+"""Arbitrary bytes against both ends of the protocol; links between workers are trusted."""
