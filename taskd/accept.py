@@ -223,7 +223,7 @@ class SharedPort:
                 return  # it was gone before it was ours
             # The siblings may have room for it, and closing it would help nobody.
             if self._throttle.admit(error.errno, self._reactor.seconds()) is not None:
-                self._log.error("no connection can be accepted: {why}", why=error.strerror)
+                self._log.error("no connection can be accepted: {reason}", reason=error.strerror)
             self._leave_for(NO_ROOM_PAUSE_SECONDS)
             return
         self._serve(connection, address, self._wrap).accepted()

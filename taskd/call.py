@@ -9,18 +9,60 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from twisted.internet.interfaces import IDelayedCall
+from twisted.logger import Logger, LogLevel
 
-from taskd.errors import CallError, NotJson, TaskFailed
+from taskd.errors import (
+    CallError,
+    Cancelled,
+    InternalError,
+    NotJson,
+    TaskFailed,
+    TimeLimitExceeded,
+    WorkerLost,
+)
 from taskd.functions import Function
 from taskd.wire import Terms, encode_error
 
-__all__ = ["Call", "task_failed"]
+__all__ = ["Call", "Origin", "about", "task_failed"]
 
 _LONGEST_MESSAGE: Final = 8192
 """Characters of an exception's own text that are passed on."""
+
+_LONGEST_SHOWN_ID: Final = 128
+
+_LEVELS: Final = {
+    Cancelled: LogLevel.info,
+    TimeLimitExceeded: LogLevel.warn,
+    WorkerLost: LogLevel.warn,
+    InternalError: LogLevel.error,
+}
+"""How loud it is logged that a call has failed without its task's doing."""
+
+
+class Origin(Protocol):
+    """Where a call comes from, for the log."""
+
+    def about(self) -> dict[str, str]:
+        """Give ``connection``, and ``caller`` if it is known who calls."""
+
+
+def about(function: Function, id_json: str, origin: Origin | None) -> dict[str, str]:
+    """
+    Give what every line of the log says that is about one call; never its arguments.
+
+    Args:
+        function: What was called.
+        id_json: The caller's id as JSON, or ''.
+        origin: Where it comes from; None: from another worker.
+    """
+    fields = {"function": function.name}
+    if id_json:
+        is_short = len(id_json) <= _LONGEST_SHOWN_ID
+        fields["id"] = id_json if is_short else f"{id_json[:_LONGEST_SHOWN_ID]}…"
+    return fields if origin is None else {**fields, **origin.about()}
 
 
 class Call:
@@ -35,6 +77,7 @@ class Call:
         terms: What else the caller asked for.
         on_end: Takes the call, once, when it has its reply.
         send_progress: Takes progress messages; None if its caller wants none.
+        origin: Where it comes from; None: from another worker.
 
     Attributes:
         reply: The line to send, once it has ended; None before.
@@ -47,6 +90,8 @@ class Call:
             set by who runs it.
     """
 
+    _log = Logger(namespace="taskd.call")
+
     __slots__ = (
         "abandon",
         "began",
@@ -55,6 +100,7 @@ class Call:
         "id_json",
         "keywords",
         "on_end",
+        "origin",
         "positional",
         "reply",
         "send_progress",
@@ -71,6 +117,7 @@ class Call:
         terms: Terms,
         on_end: Callable[[Call], None],
         send_progress: Callable[[bytes], None] | None,
+        origin: Origin | None = None,
     ) -> None:
         self.function = function
         self.positional = positional
@@ -79,6 +126,7 @@ class Call:
         self.terms = terms
         self.on_end = on_end
         self.send_progress = send_progress
+        self.origin = origin
         self.reply: bytes | None = None
         self.abandon: Callable[[Call], None] | None = None
         self.timer: IDelayedCall | None = None
@@ -96,9 +144,17 @@ class Call:
     def fail(self, error: CallError) -> None:
         """End the call with an error, and stop its task where that can be done."""
         if self.reply is None:
+            level = _LEVELS.get(type(error))
+            if level is not None:
+                what = error.message or error.code
+                self._log.emit(level, "{log_text}", log_text=what, code=error.code, **self.about())
             self.end(encode_error(self.id_json, error))
             if self.abandon is not None:
                 self.abandon(self)
+
+    def about(self) -> dict[str, str]:
+        """Give what every line of the log says that is about this call."""
+        return about(self.function, self.id_json, self.origin)
 
     def stop_timer(self) -> None:
         """Let its time run without an end."""

@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from twisted.internet.interfaces import IFileDescriptorReceiver
 from twisted.internet.process import registerReapProcessHandler, unregisterReapProcessHandler
 from twisted.internet.protocol import ProcessProtocol, connectionDone
-from twisted.logger import Logger, LogLevel
+from twisted.logger import Logger, globalLogPublisher
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -28,12 +28,13 @@ from taskd.dispatcher import Dispatcher, Task
 from taskd.errors import CallError, StartFailed
 from taskd.lines import LongLineReceiver
 from taskd.link import Link, Offer, encode_due
+from taskd.logs import from_worker
 from taskd.states import Cause
 from taskd.zygote import CONTROL_FD, LISTENING_FD, SCOREBOARD_FD
 
-__all__ = ["Lineage", "Parent", "Worker", "Zygote"]
+__all__ = ["NOT_FOR_CHILDREN", "Lineage", "Parent", "Worker", "Zygote"]
 
-_NOT_FOR_CHILDREN: Final = frozenset(
+NOT_FOR_CHILDREN: Final = frozenset(
     {
         "LISTEN_FDNAMES",
         "LISTEN_FDS",
@@ -45,6 +46,9 @@ _NOT_FOR_CHILDREN: Final = frozenset(
     }
 )
 """What the environment says to this process alone."""
+
+
+_STREAMS: Final = {1: "stdout", 2: "stderr"}
 
 
 class Parent(Protocol):
@@ -90,6 +94,7 @@ class Worker(Link):
         is_hung: True once it is to be killed because it does not answer.
         is_killed: True once it is killed because the daemon stops.
         is_gone: True once its link has ended.
+        ran: The task that it ran when it died, or ''; set by the parent.
         is_orphan: True if its zygote is dead, and so this process its parent.
     """
 
@@ -119,6 +124,7 @@ class Worker(Link):
         self.is_killed = False
         self.is_gone = False
         self.is_orphan = False
+        self.ran = ""
         self._asked_at = 0.0
         self._parent = parent
 
@@ -173,13 +179,7 @@ class Worker(Link):
     # What it says.
 
     def _log(self, rest: bytes) -> None:
-        event = json.loads(rest)
-        Logger(namespace=event["namespace"]).emit(
-            LogLevel.levelWithName(event["level"]),
-            "worker {worker}: {text}",
-            worker=self.number,
-            text=event["text"],
-        )
+        globalLogPublisher(from_worker(self.number, self.pid, rest))
 
     def _offer(self, rest: bytes) -> None:
         self._parent.dispatcher.offer(self, Offer.decode(rest), self._parent.clock())
@@ -273,8 +273,6 @@ class Zygote(ProcessProtocol):
         loaded_at: Since when it can fork, or None; set by the parent.
     """
 
-    _output = Logger(namespace="taskd.output")
-
     def __init__(
         self,
         lineage: Lineage,
@@ -285,6 +283,7 @@ class Zygote(ProcessProtocol):
         listening: list[socket.socket],
         adopt: Callable[[Any, int, LongLineReceiver], None],
     ) -> None:
+        self._output = Logger(namespace="taskd.output")
         self._lineage = lineage
         self._parent = parent
         self._reactor = reactor
@@ -309,7 +308,7 @@ class Zygote(ProcessProtocol):
                     self,
                     sys.executable,
                     [sys.executable, "-P", "-c", program],
-                    env={k: v for k, v in os.environ.items() if k not in _NOT_FOR_CHILDREN},
+                    env={k: v for k, v in os.environ.items() if k not in NOT_FOR_CHILDREN},
                     childFDs=child_fds,
                 )
         except OSError:
@@ -431,7 +430,8 @@ class Zygote(ProcessProtocol):
         """Log what the zygote and all workers print, line by line."""
         *lines, self._unread[childFD] = (self._unread[childFD] + data).split(b"\n")
         for line in lines:
-            self._output.info("{line}", line=line.decode(errors="backslashreplace"))
+            text = line.decode(errors="backslashreplace")
+            self._output.info("{log_text}", log_text=text, stream=_STREAMS[childFD])
 
     def processExited(self, reason: Failure) -> None:
         """

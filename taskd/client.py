@@ -1,9 +1,9 @@
 """
 The caller's side: Deferreds that fire with what a task returns.
 
-``TaskClient`` is what most programs want: a few connections to one daemon,
-opened when they are needed and again when they were lost, with all calls
-pipelined over them. ``TaskClientFactory`` is one connection and its calls.
+``TaskClient`` is what most programs want: a few connections to a daemon, or to
+each of several, opened when they are needed and again when they were lost, with
+all calls pipelined over them. ``TaskClientFactory`` is one connection and its calls.
 ``call_once`` is one short connection for one task.
 
 Nothing here blocks, and nothing here raises: what goes wrong is a failure of
@@ -15,44 +15,61 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, fail, gatherResults
 from twisted.internet.interfaces import IDelayedCall, IStreamClientEndpoint
 from twisted.python.failure import Failure
 
+from taskd.balance import Tier, Tries, least_loaded
 from taskd.connection import TaskClientFactory, TaskClientProtocol
 from taskd.destination import Certificate, PemFile, endpoint_of
 from taskd.errand import Asked, Caller, Gate, OnProgress, Outstanding, stop, stopping
-from taskd.errors import CallError, ClientClosed, ConnectFailed, TlsFailed
-from taskd.policy import reconnect_delay
+from taskd.errors import ClientClosed, ConnectFailed
+from taskd.node import Node, Way
 from taskd.trust import greeting
 from taskd.wire import Args, Terms
 
-__all__ = ["OnProgress", "TaskClient", "TaskClientFactory", "TaskClientProtocol", "call_once"]
+__all__ = [
+    "Endpoint",
+    "OnProgress",
+    "TaskClient",
+    "TaskClientFactory",
+    "TaskClientProtocol",
+    "call_once",
+]
 
-_RECONNECT_BASE_SECONDS: Final = 0.1
-_RECONNECT_CAP_SECONDS: Final = 5.0
+Endpoint = str | IStreamClientEndpoint
+"""Where one daemon is."""
 
-_NO_ANSWER: Final = ConnectFailed("it did not answer")
+_NEXT_NODE_SECONDS: Final = 0.25
+"""How long the first connection may take before another daemon is tried as well (RFC 8305)."""
 
 
 class TaskClient(Caller):
     """
-    Calls to one daemon, over a few connections that are kept.
+    Calls to one daemon, or to several that are alike, over a few connections that are kept.
 
     A connection is opened when a call finds every other one busy, up to *pool*;
     a call takes the one with the fewest calls in flight. A lost connection is
     opened again when it is needed, after a growing and random delay if the
     daemon could not be reached or did not answer. A call that was sent and not
-    answered is never sent again by itself: it may have been run.
+    answered is sent again by itself only if it certainly was not run, or if its
+    caller says that it is idempotent.
+
+    Of several daemons a call goes to the one with the fewest of our calls in
+    flight. One that cannot be reached, loses connections or stops is left out
+    for a growing and random delay, one that is overloaded for as long as it
+    asks, while there are others. What such a daemon has not begun, another one
+    is asked for.
 
     Args:
         reactor: Makes the connections and keeps the time limits.
         endpoint: Where the daemon is: a Twisted endpoint, or its description,
             such as ``"tcp:127.0.0.1:12345"`` or ``"tls:tasks.example.org:12345"``,
-            which checks the server's certificate, and its name or IP address.
+            which checks the server's certificate, and its name or IP address. Or
+            a list or tuple of them, one for each daemon.
         ca: Path of a PEM file with the certificates of the authorities to trust
             over TLS, instead of the platform's.
         certificate: Path of a PEM file with the certificate to show over TLS, the
@@ -60,21 +77,21 @@ class TaskClient(Caller):
             its private key, not encrypted; or a pair of paths, the key's second.
         token: What the daemon knows the caller by, shown first on every
             connection. Whoever can read a connection that is not TLS has it.
-        pool: Most connections to keep, from 1.
+        pool: Most connections to keep to each daemon, from 1.
         connect_timeout: Seconds that a call waits for a connection, above 0.
         jitter: Gives draws from [0.0, 1.0), for the delays.
 
     Raises:
         ValueError: *endpoint* is not a description of an endpoint, or one of TLS
-            that checks no name; *ca* or *certificate* cannot be read, or is for an
-            endpoint that is not described by ``tls:``; *token* is empty or has
-            control characters; or a number is out of its range.
+            that checks no name, or there is none; *ca* or *certificate* cannot be
+            read, or is for an endpoint that is not described by ``tls:``; *token* is
+            empty or has control characters; or a number is out of its range.
     """
 
     def __init__(
         self,
         reactor: Any,
-        endpoint: str | IStreamClientEndpoint,
+        endpoint: Endpoint | Sequence[Endpoint],
         *,
         ca: PemFile | None = None,
         certificate: Certificate | None = None,
@@ -85,20 +102,29 @@ class TaskClient(Caller):
     ) -> None:
         if pool < 1 or connect_timeout <= 0:
             raise ValueError("pool must be at least 1, and connect_timeout above 0")
+        endpoints = endpoint if isinstance(endpoint, list | tuple) else [endpoint]
+        if not endpoints:
+            raise ValueError("give one endpoint at least")
         self._reactor = reactor
-        self._name = endpoint if isinstance(endpoint, str) else "the daemon"
-        self._endpoint = endpoint_of(reactor, endpoint, ca=ca, certificate=certificate)
+        self._name = ", ".join(e for e in endpoints if isinstance(e, str)) or "the daemon"
         greeting(token)  # which knows what a token can be
-        self._token = token
-        self._pool = pool
+        self._nodes = [
+            Node(
+                reactor,
+                number,
+                endpoint_of(reactor, one, ca=ca, certificate=certificate),
+                token,
+                pool,
+                len(endpoints) > 1,
+                jitter,
+                self,
+            )
+            for number, one in enumerate(endpoints)
+        ]
         self._connect_timeout = connect_timeout
-        self._jitter = jitter
-        self._connections: list[TaskClientProtocol] = []
-        self._attempts: set[Deferred[Any]] = set()
+        self._turn = int(jitter() * len(endpoints))  # many clients do not all begin with the first
         self._gates: deque[Gate] = deque()
-        self._failures = 0
-        self._last_failure: BaseException = _NO_ANSWER
-        self._back_off: IDelayedCall | None = None
+        self._next_node: IDelayedCall | None = None
         self._is_closed = False
         self._outstanding = Outstanding()
 
@@ -111,6 +137,7 @@ class TaskClient(Caller):
         on_progress: OnProgress | None = None,
         priority: int = 0,
         cancel_on_disconnect: bool = False,
+        idempotent: bool = False,
     ) -> Deferred[Any]:
         """
         Ask for a task.
@@ -118,16 +145,23 @@ class TaskClient(Caller):
         Cancelling the Deferred has the daemon cancel the task, as far as that
         can be done; whatever it still answers is dropped.
 
+        What certainly was not run is sent again by itself, within the time of the
+        call, and four times at most in all.
+
         Args:
             function: The task's name.
             args: A list or tuple of positional arguments, or a dictionary of
                 keyword arguments.
             timeout: Seconds until the call has failed, above 0, the wait for a
                 connection included. None: no limit but the task's own.
-            on_progress: Takes what the task reports.
+            on_progress: Takes what the task reports. If the call is sent again,
+                that may begin anew.
             priority: Higher is earlier, among tasks that wait for a worker.
             cancel_on_disconnect: True: the task is cancelled if the connection
                 ends before its reply.
+            idempotent: True: it does no harm if the task is run more than once, so
+                the call is sent again after a loss as well, once for each daemon at
+                most; what was lost may still run.
 
         Returns:
             Fires with the result, as JSON carries it.
@@ -142,8 +176,10 @@ class TaskClient(Caller):
             ConnectionLost: A ``WorkerLost`` of which only the end of the
                 connection was seen. Over TLS a daemon that ends it in order has
                 answered all that it began.
-            Overloaded: Too many tasks wait; ``retry_after`` tells for how long.
-            ShuttingDown: The daemon is stopping; the task was not started.
+            Overloaded: Too many tasks wait, at every daemon that serves;
+                ``retry_after`` tells for how long.
+            ShuttingDown: The daemon is stopping, and there is no other; the task was
+                not started.
             Malformed: The daemon does not read such a request.
             LineTooLong: The request is longer than the daemon reads.
             Unauthorized: The caller may not do this, or the daemon does not know
@@ -158,26 +194,52 @@ class TaskClient(Caller):
                 wants one.
             TlsFailed: TLS failed otherwise, which is what these four are, too.
             ClientClosed: ``close`` has been called; nothing was sent.
-            ValueError: *timeout* or *priority* cannot be.
+            ValueError: *timeout*, *priority*, *cancel_on_disconnect* or *idempotent*
+                cannot be.
             CancelledError: The Deferred was cancelled.
         """
         terms = Terms(timeout, on_progress is not None, priority, cancel_on_disconnect)
         request = Asked(self._reactor, function, args, terms, on_progress)
         if request.failure is not None:
             return fail(request.failure)
+        if type(idempotent) is not bool:
+            return fail(ValueError("idempotent must be True or False"))
         if self._is_closed:
             return fail(ClientClosed("the client is closed"))
-        best = self._least_busy()
-        if best is None or best.in_flight:
-            self._open_if_allowed()
-            best = self._least_busy()  # it may stand already
+        tries = Tries(len(self._nodes), idempotent)
+        return self._outstanding.add(self._dispatch(request, tries).addBoth(self._answered))
+
+    def _dispatch(self, request: Asked, tries: Tries) -> Deferred[Any]:
+        """Send a call over the best connection, or have it wait for one."""
+        self._open_if_needed()
+        best = self._best()  # it may stand already
         if best is not None and not self._gates:
-            return self._outstanding.add(request.send(best).addBoth(self._answered))
-        called = request.wait_in(self._gates)
+            return self._send(request, tries, best)
+        called = request.wait_in(self._gates, lambda way: self._send(request, tries, way))
         gate = self._gates[-1]
         timer = self._reactor.callLater(self._connect_timeout, self._give_up, gate)
         self._use_idle_connections()
-        return self._outstanding.add(stopping(timer, called).addBoth(self._answered))
+        self._look_further_soon()
+        return stopping(timer, called)
+
+    def _send(self, request: Asked, tries: Tries, way: Way) -> Deferred[Any]:
+        tries.sends += 1
+        self._turn = way.node.number + 1
+        return request.send(way).addErrback(self._failed, request, tries)
+
+    def _failed(self, failure: Failure, request: Asked, tries: Tries) -> Any:
+        """Send a call again that has failed, if that may be."""
+        error = failure.value
+        assert error is not None
+        may_go_on = tries.may_go_on(
+            error,
+            is_refusal=any(error is node.last_failure for node in self._nodes),
+            another_serves=any(n.ways and n.load.tier is Tier.SERVES for n in self._nodes),
+        )
+        if not may_go_on or request.is_late or self._are_hopeless():
+            return failure
+        self._use_idle_connections()
+        return self._dispatch(request, tries).addErrback(_told_by, tries)
 
     def _answered(self, result: Any) -> Any:
         self._use_idle_connections()
@@ -185,7 +247,7 @@ class TaskClient(Caller):
 
     def _use_idle_connections(self) -> None:
         """Send what waits for a connection on its way over one that has nothing else to do."""
-        while self._gates and (best := self._least_busy()) is not None and not best.in_flight:
+        while self._gates and (best := self._best()) is not None and not best.in_flight:
             self._gates.popleft().callback(best)
 
     def close(self) -> Deferred[None]:
@@ -199,113 +261,105 @@ class TaskClient(Caller):
         return self._outstanding.none_left().addCallback(lambda _: self._close())
 
     def _close(self) -> Deferred[None]:
-        stop(self._back_off)
-        for attempt in list(self._attempts):
-            attempt.cancel()
-        return gatherResults([c.close() for c in list(self._connections)]).addCallback(_nothing)
+        stop(self._next_node)
+        return gatherResults([node.close() for node in self._nodes]).addCallback(_nothing)
 
     def _give_up(self, gate: Gate) -> None:
         if gate not in self._gates:
             return
         self._gates.remove(gate)
-        best = self._least_busy()
+        best = self._best()
         if best is not None:  # it has waited for one that never came
             gate.callback(best)
-        elif self._back_off is not None and _is_final(self._last_failure):
-            gate.errback(self._last_failure)
+        elif self._are_hopeless() and all(node.is_out for node in self._nodes):
+            gate.errback(self._last_failure())
         else:
             gate.errback(
                 ConnectFailed(
                     f"no connection to {self._name} within {self._connect_timeout:g} s: "
-                    f"{self._last_failure}"
+                    f"{self._last_failure()}"
                 )
             )
 
-    def _open_if_allowed(self) -> None:
-        if self._back_off is None and len(self._connections) + len(self._attempts) < self._pool:
-            factory = TaskClientFactory(self._reactor, self._lost, token=self._token)
-            attempt: Deferred[Any] = self._endpoint.connect(factory)
-            attempt.addCallback(_standing)
-            self._attempts.add(attempt)
-            attempt.addBoth(self._attempted, attempt)
-            attempt.addCallbacks(self._connected, self._not_connected)
+    # Which node.
 
-    def _attempted(self, result: Any, attempt: Deferred[Any]) -> Any:
-        self._attempts.discard(attempt)
-        return result
+    def _best(self) -> Way | None:
+        """Give the connection that the next call takes, of those that stand."""
+        node = self._least_loaded([node for node in self._nodes if node.ways])
+        return None if node is None else node.best_way()
 
-    def _connected(self, connection: Any) -> None:
-        if not connection.connected:
-            self._turn_away()  # lost again within the same breath
-            return
-        self._connections.append(connection)
-        self._open_gates()
+    def _open_if_needed(self) -> None:
+        """Make one more connection, to the node that has least to do, if it has none that idles."""
+        node = self._least_loaded([node for node in self._nodes if node.ways or node.may_open])
+        if node is not None:
+            best = node.best_way()
+            if best is None or best.in_flight:
+                self._turn = node.number + 1
+                node.open()
 
-    def _not_connected(self, reason: Failure) -> None:
-        assert reason.value is not None
-        self._wait_before_the_next(reason.value)
-        self._open_gates()
-        self._turn_away()
+    def _least_loaded(self, nodes: list[Node]) -> Node | None:
+        number = least_loaded([node.load for node in nodes], self._turn)
+        return None if number is None else self._nodes[number]
 
-    def _turn_away(self) -> None:
-        """Fail what waits, if waiting will not help: nobody will mend a certificate so soon."""
-        failure = self._last_failure
-        if self._connections or self._attempts or not _is_final(failure):
-            return
-        for gate in list(self._gates):
-            if gate in self._gates:  # those before it may have cancelled it
-                self._gates.remove(gate)
-                gate.errback(failure)
+    def _look_further_soon(self) -> None:
+        """Try the other nodes, one after the other, if the first one lets us wait."""
+        if self._next_node is None and len(self._nodes) > 1 and self._best() is None:
+            self._next_node = self._reactor.callLater(_NEXT_NODE_SECONDS, self._look_further)
 
-    def _open_gates(self) -> None:
+    def _look_further(self) -> None:
+        self._next_node = None
+        self.opened()  # a connection may be in doubt no longer
+        if self._gates and self._best() is None:
+            self._open_if_needed()
+            self._look_further_soon()
+
+    # What the nodes tell.
+
+    def opened(self) -> None:
         """Send what waits, but leave the connections on their way their share."""
-        share = math.ceil(len(self._gates) / (len(self._attempts) + 1))
-        while share and self._gates and (best := self._least_busy()) is not None:
+        attempts = sum(len(node.attempts) for node in self._nodes)
+        share = math.ceil(len(self._gates) / (attempts + 1))
+        while share and self._gates and (best := self._best()) is not None:
             share -= 1
             self._gates.popleft().callback(best)
+        self.refused()  # if it was lost again within the same breath
 
-    def _least_busy(self) -> TaskClientProtocol | None:
-        return min(self._connections, key=lambda c: c.in_flight, default=None)
+    def not_opened(self) -> None:
+        """Send what waits where it can be sent, or try the next node."""
+        self.opened()
+        if self._gates and self._best() is None:
+            self._open_if_needed()
 
-    def _lost(self, connection: TaskClientProtocol) -> None:
-        if not connection.has_stood:
-            return  # which its attempt tells
-        if connection in self._connections:
-            self._connections.remove(connection)
-        if connection.refusal is not None:
-            self._wait_before_the_next(connection.refusal)
-            self._turn_away()
-        elif connection.has_answered:
-            self._failures = 0
-            self._last_failure = _NO_ANSWER
-        else:
-            self._wait_before_the_next(_NO_ANSWER)
+    def refused(self) -> None:
+        """Fail what waits, if waiting will not help."""
+        if self._are_hopeless():
+            failure = self._last_failure()
+            for gate in list(self._gates):
+                if gate in self._gates:  # those before it may have cancelled it
+                    self._gates.remove(gate)
+                    gate.errback(failure)
 
-    def _wait_before_the_next(self, failure: BaseException) -> None:
-        """Connect no more for a while; a daemon that hangs up on us is as one that is not there."""
-        self._last_failure = failure
-        self._failures += 1
-        if self._back_off is None and not self._is_closed_for_good():
-            delay = reconnect_delay(
-                self._failures,
-                base=_RECONNECT_BASE_SECONDS,
-                cap=_RECONNECT_CAP_SECONDS,
-                jitter=self._jitter(),
-            )
-            self._back_off = self._reactor.callLater(delay, self._try_again)
+    def back(self, node: Node) -> None:
+        """Try a node again, if anybody waits."""
+        if self._gates:
+            node.open()
 
-    def _is_closed_for_good(self) -> bool:
+    def wants_no_more(self) -> bool:
+        """Tell whether nobody will ask for a connection any more."""
         return self._is_closed and not self._gates
 
-    def _try_again(self) -> None:
-        self._back_off = None
-        if self._gates:
-            self._open_if_allowed()
+    def _are_hopeless(self) -> bool:
+        return all(node.is_hopeless for node in self._nodes)
+
+    def _last_failure(self) -> BaseException:
+        """Give the failure to tell of: one for which there is a cause, if there are several."""
+        failures = [node.last_failure for node in self._nodes]
+        return next((f for f in failures if not isinstance(f, ConnectFailed)), failures[-1])
 
 
 def call_once(
     reactor: Any,
-    endpoint: str | IStreamClientEndpoint,
+    endpoint: Endpoint | Sequence[Endpoint],
     function: str,
     args: Args | tuple[Any, ...] = (),
     *,
@@ -315,6 +369,7 @@ def call_once(
     certificate: Certificate | None = None,
     token: str | None = None,
     connect_timeout: float = 10.0,
+    idempotent: bool = False,
 ) -> Deferred[Any]:
     """
     Ask for one task over a connection of its own.
@@ -333,6 +388,7 @@ def call_once(
         certificate: Path of a PEM file, or a pair of paths, or None.
         token: What the daemon knows the caller by, or None.
         connect_timeout: Seconds, above 0.
+        idempotent: As for ``TaskClient.call_with``.
 
     Returns:
         Fires with the result, when the connection is closed again.
@@ -353,7 +409,9 @@ def call_once(
         )
     except ValueError as error:
         return fail(error)
-    called = client.call_with(function, args, timeout=timeout, on_progress=on_progress)
+    called = client.call_with(
+        function, args, timeout=timeout, on_progress=on_progress, idempotent=idempotent
+    )
 
     def close(result: Any) -> Deferred[Any]:
         return client.close().addCallback(lambda _: result)
@@ -361,13 +419,10 @@ def call_once(
     return called.addBoth(close)
 
 
-def _standing(connection: TaskClientProtocol) -> Deferred[TaskClientProtocol]:
-    return connection.standing()
-
-
-def _is_final(failure: BaseException) -> bool:
-    """Tell whether a failure to connect is one that somebody has to mend."""
-    return isinstance(failure, TlsFailed | CallError)
+def _told_by(failure: Failure, tries: Tries) -> Failure:
+    assert failure.value is not None
+    verdict = tries.verdict(failure.value)
+    return failure if verdict is failure.value else Failure(verdict)
 
 
 def _nothing(_: object) -> None:

@@ -35,6 +35,7 @@ from taskd.errors import (
     ConnectionLost,
     Malformed,
     NotJson,
+    ShuttingDown,
     TimeLimitExceeded,
     Unauthorized,
     UnknownFunction,
@@ -80,6 +81,10 @@ class TaskClientProtocol(LongLineReceiver):
             know the caller.
         refusal: Why neither this nor another call would be run over such a
             connection, as soon as that is known, or None.
+        is_in_doubt: True from the end of a call that the daemon should have ended, until
+            it says something: its machine may be gone, of which TCP tells late.
+        on_goodbye: Called with this protocol when the daemon, which stops, has said
+            that it will answer no more.
     """
 
     _log = Logger(namespace="taskd.client")
@@ -94,6 +99,7 @@ class TaskClientProtocol(LongLineReceiver):
         self._on_lost = on_lost
         self._greeting = greeting
         self._says_goodbye = False
+        self._has_said_goodbye = False
         self._standing: Deferred[TaskClientProtocol] | None = None
         self._closed: Deferred[None] | None = None
         self._abort: IDelayedCall | None = None
@@ -104,6 +110,8 @@ class TaskClientProtocol(LongLineReceiver):
         self.has_stood = False
         self.has_answered = False
         self.refusal: ClientError | CallError | None = None
+        self.is_in_doubt = False
+        self.on_goodbye: _Notify = lambda _: None
 
     @property
     def in_flight(self) -> int:
@@ -128,7 +136,7 @@ class TaskClientProtocol(LongLineReceiver):
             line = encode_request((function, args, str(number), terms))
         except NotJson as error:
             return fail(BadArguments(f"{function}: {error}"))
-        if not self.connected or not self.has_stood:
+        if not self.connected or not self.has_stood or self._has_said_goodbye:
             return fail(ConnectionLost("the connection does not stand", may_have_started=False))
         pending = _Pending(Deferred(lambda _: self._cancel(number)), on_progress)
         if timeout is not None:
@@ -222,11 +230,13 @@ class TaskClientProtocol(LongLineReceiver):
 
     def _expire(self, number: int, function: str, timeout: float) -> None:
         deferred = self._pending[number].deferred
-        self._cancel(number)
+        self.is_in_doubt = True
+        self._cancel(number)  # of which the answer is a sign of life
         deferred.errback(TimeLimitExceeded(f"no answer to {function} within {timeout:g} s"))
 
     def lineReceived(self, line: bytes) -> None:
         """Fire the Deferred that a reply is for."""
+        self.is_in_doubt = False
         try:
             reply = decode_reply(line)
         except Malformed as error:
@@ -243,6 +253,9 @@ class TaskClientProtocol(LongLineReceiver):
             self._report(number, reply["progress"])
         elif self._greeting and type(number) is int and number == GREETING_ID:
             self._greeted(told)
+        elif isinstance(told, ShuttingDown) and "id" not in reply:
+            self._has_said_goodbye = True
+            self.on_goodbye(self)
         elif told is not None and "id" not in reply:
             self._last_words = told
         elif (pending := self._take(number)) is not None:
@@ -299,9 +312,12 @@ class TaskClientProtocol(LongLineReceiver):
         return refused_certificate(reason)
 
     def _fail_calls(self, reason: Failure) -> None:
-        # By its close alert the daemon says that it has answered all that it read;
-        # one that was killed sends none. A proxy would send one in either case.
-        was_closed = self._says_goodbye and self._closed is None and reason.check(ConnectionDone)
+        # By its close alert the daemon says that it has answered all that it read, and
+        # so it does by its goodbye when it stops; one that was killed sends neither. A
+        # proxy would send a close alert in either case.
+        was_closed = self._has_said_goodbye or (
+            self._says_goodbye and self._closed is None and reason.check(ConnectionDone)
+        )
         error: CallError = ConnectionLost(
             f"the connection ended before the reply: {reason.getErrorMessage()}",
             may_have_started=not was_closed,

@@ -122,12 +122,17 @@ class Visitor:
         address: Its peer's, as Twisted gives it, or None.
     """
 
-    __slots__ = ("_address", "_door", "_identity")
+    __slots__ = ("_address", "_caller", "_door", "_identity")
 
     def __init__(self, door: Door, address: Any) -> None:
         self._door = door
         self._address = address
-        self._identity = ""
+        self._caller = self._identity = ""
+
+    def about(self) -> dict[str, str]:
+        """Give what the log says of whoever it is; a caller that has gone is named still."""
+        fields = {"connection": str(self)}
+        return {**fields, "caller": self._caller} if self._caller else fields
 
     @property
     def _host(self) -> str:
@@ -181,14 +186,13 @@ class Visitor:
         """Take note of who it is, or that it has to say so again."""
         self.left()
         if grant is not None and grant.identity:
-            self._identity = grant.identity
+            self._caller = self._identity = grant.identity
             self._door.came(grant.identity)
             self._door.say(
                 ("let in", grant.identity),
-                "{who}: it is {identity}",
+                "{connection}: it is {caller}",
                 level=LogLevel.info,
-                who=self,
-                identity=grant.identity,
+                **self.about(),
             )
 
     def left(self) -> None:
@@ -207,10 +211,10 @@ class Visitor:
         who = grant.identity or "who shows nothing"
         self._door.say(
             ("turned down", who),  # which names there are is the caller's to say
-            "{who}: {identity} may not call {name}",
-            who=self,
-            identity=who,
-            name=ascii(name)[:_LONGEST_SHOWN_NAME],
+            "{connection}: {who} may not call {function}",
+            who=who,
+            function=ascii(name)[:_LONGEST_SHOWN_NAME],
+            **self.about(),
         )
 
     def is_foreign(self, protocol: str) -> None:
@@ -226,4 +230,5 @@ class Visitor:
         self._say("unread", "it does not read its replies, and is cut off")
 
     def _say(self, kind: str, what: str) -> None:
-        self._door.say((kind, what, self._host), "{who}: {what}", who=self, what=what)
+        key = (kind, what, self._host)
+        self._door.say(key, "{connection}: {reason}", reason=what, **self.about())

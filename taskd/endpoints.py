@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 # Its grammar is public, its reader is not; one of our own could read something else.
 from twisted.internet.endpoints import _parse as read_description
 from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import VerifyError
 from twisted.internet.protocol import Factory
 from twisted.internet.ssl import CertificateOptions
 from twisted.python.failure import Failure
@@ -78,12 +79,14 @@ class Listener:
         backlog: For ``listening.listen``.
         read_keys: Reads what it shows, anew at each call, or raises ``StartFailed``;
             None if it speaks no TLS.
+        address: The interface and the port, if it is one of TCP that is not open yet.
     """
 
     text: str
     make: Callable[[], _Bound] = field(repr=False)
     backlog: int = BACKLOG
     read_keys: Callable[[], KeyPair] | None = field(default=None, repr=False)
+    address: tuple[str, int] | None = None
     _file: SocketFile | None = field(default=None, init=False, repr=False)
 
     def bind(self) -> socket.socket:
@@ -143,9 +146,12 @@ def _ports(settings: Settings) -> Iterator[Listener]:
         ("--tls-port", settings.tls_port, read_keys),
     ):
         if port is not None:
-            make = partial(_bound_port, settings.interface, port)
+            address = _address(settings.interface, port)
             yield Listener(
-                f"--interface {settings.interface} {option} {port}", make, read_keys=keys
+                f"--interface {settings.interface} {option} {port}",
+                partial(_bound_port, address),
+                read_keys=keys,
+                address=address,
             )
 
 
@@ -153,7 +159,8 @@ def _listener_of(description: str, owner: str, taken: set[int]) -> Listener:
     found = _evaluate(description, owner, taken)
     read_keys = partial(_read_keys_again, description) if found.key_pair is not None else None
     backlog = found.backlog if found.backlog > _TWISTED_BACKLOG else BACKLOG
-    return Listener(f"--listen {description}", partial(found.make, backlog), backlog, read_keys)
+    make = partial(found.make, backlog)
+    return Listener(f"--listen {description}", make, backlog, read_keys, found.address)
 
 
 def _read_keys_again(description: str) -> KeyPair:
@@ -174,11 +181,13 @@ class _Found:
         make: Does it, given the backlog.
         backlog: What the endpoint asked for.
         key_pair: What it would have shown, or None if it speaks no TLS.
+        address: Where it would have bound a TCP port, or None.
     """
 
     make: Callable[[int], _Bound]
     backlog: int
     key_pair: KeyPair | None = None
+    address: tuple[str, int] | None = None
 
 
 class _Marker(Factory):
@@ -220,7 +229,7 @@ class _Recorder:
         self, port: int, factory: object, backlog: int = _TWISTED_BACKLOG, interface: str = ""
     ) -> None:
         """Take a TCP port down."""
-        self._add(factory, _port_maker(port, interface), backlog)
+        self._add_port(factory, port, interface, backlog)
 
     def listenSSL(  # noqa: N802
         self,
@@ -234,7 +243,7 @@ class _Recorder:
         if self._args[0] != "ssl" or not isinstance(contextFactory, CertificateOptions):
             raise SettingsError("its key cannot be read again; use ssl:PORT:privateKey=FILE")
         pair = _key_pair_of(contextFactory, self._text)
-        self._add(factory, _port_maker(port, interface), backlog, pair)
+        self._add_port(factory, port, interface, backlog, pair)
 
     def listenUNIX(  # noqa: N802
         self,
@@ -265,15 +274,23 @@ class _Recorder:
         self._taken.add(fileno)
         self._add(factory, lambda _: (adopted, None), _TWISTED_BACKLOG)
 
-    def _add(
+    def _add_port(
         self,
         factory: object,
-        make: Callable[[int], _Bound],
+        port: int,
+        interface: str,
         backlog: int,
         key_pair: KeyPair | None = None,
     ) -> None:
         self._check(factory)
-        self.found.append(_Found(make, backlog, key_pair))
+        if not 0 <= port <= 65535:
+            raise SettingsError(f"a port is a number from 0 to 65535, not {port}")
+        address = _address(interface, port)
+        self.found.append(_Found(lambda _: _bound_port(address), backlog, key_pair, address))
+
+    def _add(self, factory: object, make: Callable[[int], _Bound], backlog: int) -> None:
+        self._check(factory)
+        self.found.append(_Found(make, backlog))
 
     def _check(self, factory: object) -> None:
         if factory is not self.marker:
@@ -283,15 +300,13 @@ class _Recorder:
             )
 
 
-def _port_maker(port: int, interface: str) -> Callable[[int], _Bound]:
-    if not 0 <= port <= 65535:
-        raise SettingsError(f"a port is a number from 0 to 65535, not {port}")
-    return lambda _: _bound_port(interface, port)
-
-
-def _bound_port(interface: str, port: int) -> _Bound:
+def _address(interface: str, port: int) -> tuple[str, int]:
     # Twisted takes '' for all addresses of IPv4, getaddrinfo for none.
-    return bind_tcp(interface or "0.0.0.0", port), None  # noqa: S104
+    return interface or "0.0.0.0", port  # noqa: S104
+
+
+def _bound_port(address: tuple[str, int]) -> _Bound:
+    return bind_tcp(*address), None
 
 
 def _evaluate(description: str, owner: str, taken: set[int]) -> _Found:
@@ -324,6 +339,8 @@ def _reason_of(error: Exception, description: str) -> str:
             "systemd passed no such socket, or it is taken already; "
             "compare with ListenStream= and FileDescriptorName= of the .socket unit"
         )
+    if isinstance(error, VerifyError):
+        return "the certificate and its key do not match"
     why = str(error) or type(error).__name__
     return f"{why}; it must be a server endpoint of Twisted, such as unix:/run/taskd.sock"
 

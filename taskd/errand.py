@@ -42,8 +42,8 @@ class Line(Protocol):
         ...
 
 
-Gate = Deferred[Line]
-"""Fires with a connection, for a call that waits for one."""
+Gate = Deferred[Any]
+"""Fires with a ``Line``, for a call that waits for one."""
 
 
 class Caller:
@@ -132,12 +132,25 @@ class Asked:
         """Send it, with what is left of its time."""
         terms = self._terms
         if terms.timeout is not None:
-            waited = self._reactor.seconds() - self._began
-            terms = terms._replace(timeout=max(0.001, round(terms.timeout - waited, 3)))
+            left = round(terms.timeout - self._waited, 3)
+            terms = terms._replace(timeout=max(0.001, left))
         return connection.call(self._function, self._args, terms, self._on_progress)
 
-    def wait_in(self, gates: deque[Gate]) -> Deferred[Any]:
-        """Wait for a connection, at the end of *gates*; cancelling leaves the queue."""
+    @property
+    def is_late(self) -> bool:
+        """Tell whether its time is over."""
+        timeout = self._terms.timeout
+        return timeout is not None and self._waited >= timeout
+
+    @property
+    def _waited(self) -> float:
+        waited: float = self._reactor.seconds() - self._began
+        return waited
+
+    def wait_in(
+        self, gates: deque[Gate], send: Callable[[Any], Deferred[Any]] | None = None
+    ) -> Deferred[Any]:
+        """Wait at the end of *gates* for a connection to *send* over; cancelling leaves them."""
 
         def leave(gate: Gate) -> None:
             if gate in gates:
@@ -146,9 +159,10 @@ class Asked:
         gate: Gate = Deferred(leave)
         gates.append(gate)
         if self._terms.timeout is not None:
-            timer = self._reactor.callLater(self._terms.timeout, self._expire, gate, leave)
+            left = max(0.0, self._terms.timeout - self._waited)
+            timer = self._reactor.callLater(left, self._expire, gate, leave)
             stopping(timer, gate)
-        return gate.addCallback(self.send)
+        return gate.addCallback(send or self.send)
 
     def _expire(self, gate: Gate, leave: Callable[[Gate], None]) -> None:
         leave(gate)

@@ -13,10 +13,8 @@ what is handed over.
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,16 +26,17 @@ from weakref import WeakKeyDictionary
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
-from taskd.call import Call, task_failed
+from taskd.call import Call, Origin, about, task_failed
 from taskd.deadlines import Deadlines, Timer
 from taskd.errors import InternalError
 from taskd.functions import Function, Kind, reporting_to
 from taskd.lane import HANDOVER_SECONDS, Lane, Look
 from taskd.pool import Pool
 from taskd.slots import Slot
+from taskd.tracing import about_now, running, stack_of
 from taskd.wire import NO_TERMS, encode_error, encode_progress, encode_result
 
 __all__ = ["Executor", "Loop"]
@@ -130,6 +129,7 @@ class Executor:
         positional: list[Any],
         keywords: dict[str, Any],
         id_json: str,
+        origin: Origin | None = None,
     ) -> bytes | Deferred[Any]:
         """
         Call a function of the reactor's kind, for a call without a limit and without progress.
@@ -141,6 +141,7 @@ class Executor:
             positional: Its positional arguments, bound.
             keywords: Its keyword arguments, bound.
             id_json: The caller's id as JSON, or ''.
+            origin: Where the call comes from, for the log.
 
         Returns:
             The reply, or the Deferred of a task that goes on; give that to ``start``.
@@ -154,7 +155,7 @@ class Executor:
                 return value
             reply, failed = encode_result(id_json, value), False
         except BaseException as error:  # a task may end in anything, SystemExit too
-            reply, failed = self._explain(function, id_json, error), True
+            reply, failed = self._explain(function, id_json, origin, error, began), True
         self._slot.leave(failed, self._clock() - began)
         return reply
 
@@ -238,24 +239,16 @@ class Executor:
     def _report_stuck(self, call: Call) -> None:
         if call not in self._stuck:
             return
-        self._log.warn(
-            "{task} was given up and goes on:\n{stack}",
-            task=call.function.name,
-            stack=self._stack_of(call),
-        )
+        stack = stack_of(call, self._threads)
+        self._log.warn("{function} was given up and goes on", traceback=stack, **call.about())
         self.lane.retire()
         if self.pool is not None:
             self.pool.stuck()
         self._rest()
 
-    def _stack_of(self, call: Call) -> str:
-        """Tell where the thread stands that runs a call."""
-        frames = sys._current_frames()
-        return "".join(
-            "".join(traceback.format_stack(frames[thread]))
-            for thread, (running,) in list(self._threads.items())
-            if running is call and thread in frames
-        )
+    def about_now(self) -> dict[str, str]:
+        """Tell which call it is whose task asks, for the log; nothing if it is none."""
+        return about_now(self._threads, Executor.call_now.__code__)
 
     # What is handed over.
 
@@ -306,22 +299,26 @@ class Executor:
             if call.deadline is not None:
                 self._deadlines.keep_callers(call)
 
-    def _explain(self, function: Function, id_json: str, error: BaseException) -> bytes:
+    def _explain(
+        self,
+        function: Function,
+        id_json: str,
+        origin: Origin | None,
+        error: BaseException,
+        began: float | None,
+    ) -> bytes:
         """Log what a task has raised, and make the reply that says so."""
-        self._log.failure("{task} failed", failure=Failure(error), task=function.name)
+        more: dict[str, Any] = about(function, id_json, origin)
+        if began is not None:
+            more["seconds"] = self._clock() - began
+        self._log.failure("{function} failed", Failure(error), LogLevel.warn, **more)
         return encode_error(id_json, task_failed(function.name, error, self._debug))
 
     # On the reactor.
 
     def _start_on_reactor(self, call: Call, began: float) -> None:
-        call_it = partial(call.function.call, *call.positional, **call.keywords)
-        context = copy_context()
-        if call.send_progress is not None:
-            context.run(reporting_to.set, partial(self._report, call))
         try:
-            value = context.run(call_it)
-            if call.function.kind is Kind.COROUTINE:
-                value = context.run(Deferred.fromCoroutine, value)
+            value = copy_context().run(self._call_in_context, call)
         except BaseException as error:  # a task may end in anything, SystemExit too
             self._settle(Failure(error), call, began)
             return
@@ -329,6 +326,13 @@ class Executor:
             self._wait_for(value, call, began)
         else:
             self._settle(value, call, began)
+
+    def _call_in_context(self, call: Call) -> Any:
+        running.set(call)
+        if call.send_progress is not None:
+            reporting_to.set(partial(self._report, call))
+        value = call.function.call(*call.positional, **call.keywords)
+        return Deferred.fromCoroutine(value) if call.function.kind is Kind.COROUTINE else value
 
     def _wait_for(self, pending: Deferred[Any], call: Call, began: float) -> None:
         call.abandon = partial(self._cancel, pending)
@@ -348,7 +352,8 @@ class Executor:
         try:
             pending.cancel()
         except Exception:  # a task's canceller is its own code
-            self._log.failure("{task} failed while it was cancelled", task=call.function.name)
+            words = "{function} failed while it was cancelled"
+            self._log.failure(words, None, LogLevel.warn, **call.about())
 
     def _settle(self, result: Any, call: Call, began: float) -> None:
         failed, reply = True, None
@@ -358,7 +363,7 @@ class Executor:
                     result.raiseException()
                 reply, failed = encode_result(call.id_json, result), False
             except BaseException as error:  # a task may end in anything, SystemExit too
-                reply = self._explain(call.function, call.id_json, error)
+                reply = self._explain(call.function, call.id_json, call.origin, error, began)
         self._on_reactor.pop(call, None)
         self._deadlines.forget(call)
         self._slot.end(failed or call.reply is not None, self._clock() - began)
@@ -388,7 +393,7 @@ class Executor:
         try:
             thread.start()
         except RuntimeError as error:  # the system's limit of processes
-            self._log.error("no thread can be started: {why}", why=error)
+            self._log.error("no thread can be started: {reason}", reason=error)
         else:
             self._threads_to_start -= 1
         return self._threads_to_start < self.lane.threads
@@ -466,7 +471,9 @@ class Executor:
                     self._stuck.discard(call)
                 finish(error is not None or call.reply is not None, seconds)
                 if error is not None and call.reply is None:
-                    reply = self._explain(call.function, call.id_json, error)
+                    reply = self._explain(
+                        call.function, call.id_json, call.origin, error, call.began
+                    )
                 if reports and call in reports:  # the last one comes before the reply
                     self._send_report(call, reports.pop(call))
                 if reply is not None:

@@ -13,6 +13,7 @@ from taskd import __version__
 from taskd.functions import Registry
 from taskd.scoreboard import Scoreboard
 from taskd.slots import Slot
+from taskd.states import State
 
 __all__ = ["Introspection"]
 
@@ -32,8 +33,10 @@ class Introspection:
         self.slot: Slot | None = None
 
     def ping(self) -> str:
-        """Answer "pong"."""
-        return "pong"
+        """Answer "pong", or "draining" once the daemon has been told to stop."""
+        board = self.scoreboard
+        is_draining = board is not None and board.supervisor_slot().state is State.DRAINING
+        return "draining" if is_draining else "pong"
 
     def functions(self) -> list[dict[str, Any]]:
         """List what can be called: name, signature, docstring, kind, time limit."""

@@ -19,18 +19,20 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from taskd.errors import StartFailed
 
 __all__ = [
     "BACKLOG",
     "SocketFile",
+    "address_of",
     "address_text",
     "adopt",
     "bind_tcp",
     "bind_unix",
     "is_exposed",
+    "is_exposed_host",
     "listen",
 ]
 
@@ -92,6 +94,23 @@ class SocketFile:
             pass
 
 
+def address_of(interface: str, port: int) -> tuple[int, int, int, Any]:
+    """
+    Give what a TCP socket is made of, and the address to bind it to.
+
+    Raises:
+        StartFailed: There is no such address.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            interface, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise StartFailed(f"cannot listen on {interface} port {port}: {why}") from None
+    return family, kind, protocol, address
+
+
 def bind_tcp(interface: str, port: int) -> socket.socket:
     """
     Bind a TCP port, and do not listen yet.
@@ -109,13 +128,7 @@ def bind_tcp(interface: str, port: int) -> socket.socket:
         StartFailed: It cannot be had; the message says why.
     """
     refusal = f"cannot listen on {interface} port {port}"
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            interface, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise StartFailed(f"{refusal}: {why}") from None
+    family, kind, protocol, address = address_of(interface, port)
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -242,7 +255,12 @@ def is_exposed(bound: socket.socket) -> bool:
         return False
     if bound.family not in (socket.AF_INET, socket.AF_INET6):
         return True
-    address = ipaddress.ip_address(bound.getsockname()[0])
+    return is_exposed_host(bound.getsockname()[0])
+
+
+def is_exposed_host(host: str) -> bool:
+    """Tell whether other machines can reach a numeric address."""
+    address = ipaddress.ip_address(host)
     # ::ffff:127.0.0.1 is not loopback for every Python.
     return not (getattr(address, "ipv4_mapped", None) or address).is_loopback
 

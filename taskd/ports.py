@@ -16,7 +16,7 @@ from twisted.logger import Logger
 from taskd.credentials import Credentials, read_pem, read_tokens
 from taskd.endpoints import Listener
 from taskd.errors import StartFailed
-from taskd.listening import address_text, is_exposed, listen
+from taskd.listening import address_of, address_text, is_exposed, is_exposed_host, listen
 from taskd.settings import Settings
 from taskd.tls import Secure
 
@@ -51,9 +51,12 @@ class Ports:
         self._wall_clock = wall_clock
         self.sockets: list[Any] = []
 
-    def open(self) -> None:
+    def open(self) -> Credentials:
         """
         Bind and listen, where that is safe.
+
+        Returns:
+            The keys and tokens; who is asked for them later may not read them any more.
 
         Raises:
             StartFailed: A socket cannot be had, or other machines could run tasks
@@ -69,12 +72,41 @@ class Ports:
         except StartFailed:
             self.close()
             raise
+        return credentials
+
+    def check(self) -> None:
+        """
+        Check, without opening any, what can be known beforehand.
+
+        Raises:
+            StartFailed: A key or the tokens cannot be used, an address is none, or
+                other machines could run tasks without saying who they are.
+        """
+        credentials = self.credentials()
+        for listener in self._listeners:
+            if listener.address is not None:
+                interface, port = listener.address
+                host = address_of(interface, port)[-1][0]
+                if is_exposed_host(host):
+                    self._check_exposed(listener, f"{host} port {port}", credentials)
+
+    @property
+    def descriptions(self) -> str:
+        """Tell where the daemon is to listen, as the options say it."""
+        return ", ".join(
+            listener.text.removeprefix("--listen ")
+            if listener.address is None
+            else "{} port {}".format(*listener.address)
+            + (" (TLS)" if listener.read_keys is not None else "")
+            for listener in self._listeners
+        )
 
     def _check(self, listener: Listener, sock: Any, credentials: Credentials) -> None:
-        if not is_exposed(sock):
-            return
+        if is_exposed(sock):
+            self._check_exposed(listener, address_text(sock), credentials)
+
+    def _check_exposed(self, listener: Listener, where: str, credentials: Credentials) -> None:
         is_secure = listener.read_keys is not None
-        where = address_text(sock)
         if not (credentials.tokens or (is_secure and credentials.client_ca)):
             if not self._settings.insecure:
                 raise StartFailed(
@@ -121,7 +153,7 @@ class Ports:
         known = {identity for identity, _ in credentials.tokens}
         for identity, _ in self._settings.allow:
             if not (credentials.client_ca or identity in known or _GLOB & set(identity)):
-                self._log.warn("--allow {identity}=…: nobody has this identity", identity=identity)
+                self._log.warn("--allow {caller}=…: nobody has this identity", caller=identity)
 
     @property
     def addresses(self) -> str:

@@ -10,10 +10,12 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 __all__ = [
+    "Strays",
     "Title",
     "adopt_orphans",
     "describe_end",
@@ -25,6 +27,9 @@ __all__ = [
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
+
+_STRAYS_SECONDS: Final = 5.0
+"""So long a stray stays a zombie at most."""
 
 
 @cache
@@ -149,3 +154,26 @@ def reap_others(known: set[int]) -> None:
             if dead.si_pid in known:
                 break  # it is about to be
             os.waitpid(dead.si_pid, 0)
+
+
+class Strays:
+    """
+    Reap what becomes this process's child without having been started by it.
+
+    Twisted reaps only what it has spawned itself.
+
+    Args:
+        reactor: Keeps the delays.
+        known: Gives the pids of those that somebody else waits for.
+    """
+
+    def __init__(self, reactor: Any, known: Callable[[], set[int]]) -> None:
+        self._reactor = reactor
+        self._known = known
+        self._next: Any = None
+
+    def reap(self) -> None:
+        """Reap them, from now on."""
+        reap_others(self._known())
+        if self._next is None or not self._next.active():
+            self._next = self._reactor.callLater(_STRAYS_SECONDS, self.reap)

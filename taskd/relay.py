@@ -9,14 +9,18 @@ back. When is decided in ``lane``; who gets what, in ``dispatcher``.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
+from twisted.logger import Logger
+
 from taskd.call import Call
-from taskd.errors import CallError, Cancelled, WorkerLost, error_from_wire
+from taskd.errors import CallError, Cancelled, Overloaded, WorkerLost, error_from_wire
 from taskd.executor import Executor
 from taskd.functions import Registry
 from taskd.link import Offer, Reader, decode_due
 from taskd.scoreboard import Scoreboard
+from taskd.throttle import Throttle
 from taskd.wire import ABSENT, NO_TERMS, decode_request, encode_error, encode_request
 
 __all__ = ["Relay"]
@@ -31,6 +35,8 @@ class Relay:
         executor: Runs what comes in.
         scoreboard: Shows what the others do.
         tell: Takes messages for the supervisor.
+        is_verbose: True: it is logged what is handed over.
+        clock: Gives seconds that never go back.
 
     Attributes:
         on_filled: Called when the executor has no thread to spare.
@@ -39,17 +45,25 @@ class Relay:
         on_quiet: Called when nothing is out any more, and nothing of others here.
     """
 
+    _log = Logger(namespace="taskd.relay")
+
     def __init__(
         self,
         functions: Registry,
         executor: Executor,
         scoreboard: Scoreboard,
         tell: Callable[[bytes], None],
+        *,
+        is_verbose: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._functions = functions
         self._executor = executor
         self._scoreboard = scoreboard
         self._tell = tell
+        self._is_verbose = is_verbose
+        self._clock = clock
+        self._throttle = Throttle()
         self._tickets = 0
         self._out: dict[int, Call] = {}
         self._ticket_of: dict[Call, int] = {}
@@ -101,6 +115,8 @@ class Relay:
             call.stop_timer()
             self._given_back += 1
             return b"returned %d\n" % number
+        if self._is_verbose:
+            self._log.debug("{function} is handed over", **call.about())
         self._tickets += 1
         self._out[self._tickets] = call
         self._ticket_of[call] = self._tickets
@@ -164,8 +180,21 @@ class Relay:
         call = self._out.get(int(ticket))
         if call is not None:
             self._is_back(call)
-            call.fail(error_from_wire(json.loads(fields)))
+            error = error_from_wire(json.loads(fields))
+            if isinstance(error, Overloaded):
+                self._say_refused(call)
+            call.fail(error)
             self._tell_if_quiet()
+
+    def _say_refused(self, call: Call) -> None:
+        """Log that the queue is full, now and then: whoever calls decides how often it is."""
+        left_out = self._throttle.admit(Overloaded, self._clock())
+        if left_out is not None:
+            words = "the queue is full: {function} was refused"
+            if left_out:
+                words += " ({left_out} more were not logged)"
+            more = {"left_out": left_out, "code": Overloaded.code}
+            self._log.warn(words, **more, **call.about())
 
     def _progressed(self, rest: bytes) -> None:
         ticket, _, line = rest.partition(b" ")

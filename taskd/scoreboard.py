@@ -17,6 +17,8 @@ from typing import Any, Final
 
 from taskd.slots import (
     CONNECTIONS,
+    DONE,
+    FAILED,
     FAILURE,
     NAME,
     ON_THREADS,
@@ -59,6 +61,8 @@ class Scoreboard:
         self._states = self._words[STATE::SLOT_WORDS]
         self._on_threads = self._words[ON_THREADS::SLOT_WORDS]
         self._open = self._words[CONNECTIONS::SLOT_WORDS]
+        self._done = self._words[DONE::SLOT_WORDS]
+        self._failed = self._words[FAILED::SLOT_WORDS]
 
     @classmethod
     def create(cls, procs: int) -> int:
@@ -124,6 +128,25 @@ class Scoreboard:
     def connections(self) -> list[int]:
         """Give how many connections each worker holds, by slot number."""
         return self._open.tolist()
+
+    def figures(self) -> dict[str, int]:
+        """
+        Tell in short what all workers do, which is quicker to tell than ``status``.
+
+        Returns:
+            How many workers are in each state (``starting``, ``idle``, ``busy``,
+            ``draining``), and how many tasks are ``waiting``, ``done`` and ``failed``.
+        """
+        figures = dict.fromkeys(_STATES, 0)
+        for number, state in enumerate(self._states.tolist()[1:], 1):
+            if state:
+                figures[self.slot(number).state_name] += 1
+        return {
+            **figures,
+            "waiting": self.waiting,
+            "done": sum(self._done.tolist()[1:]),
+            "failed": sum(self._failed.tolist()[1:]),
+        }
 
     def status(self, now: float) -> dict[str, Any]:
         """

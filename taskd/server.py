@@ -81,7 +81,7 @@ class TaskProtocol(LongLineReceiver):
         grant = factory.door.unasked
         self.MAX_LENGTH = factory.longest_line(grant)
         self._session = Session(
-            factory.functions, factory.executor, self, settings.max_in_flight, grant
+            factory.functions, factory.executor, self, settings.max_in_flight, grant, self._visitor
         )
         # One call less for each line.
         self.lineReceived = self._session.receive  # type: ignore[method-assign]
@@ -109,12 +109,8 @@ class TaskProtocol(LongLineReceiver):
         """Have the time run in which a request must come; turn the peer away if it is crowded."""
         self._patience.begin(self._factory.clock())
         if self._factory.is_crowded():
-            self._session.turn_away(
-                Overloaded(
-                    "as many connections are open as --max-connections allows",
-                    retry_after=_REFUSED_RETRY_SECONDS,
-                )
-            )
+            why = "as many connections are open as --max-connections allows"
+            self._session.turn_away(Overloaded(why, retry_after=_REFUSED_RETRY_SECONDS))
 
     def adopted(self, luggage: bytes) -> None:
         """Go on where another worker has left off, with what was shown and read there."""
@@ -130,6 +126,8 @@ class TaskProtocol(LongLineReceiver):
         """Take what came; replies that are ready at once leave in one write."""
         if self._is_hanging_up:
             return
+        if data[:1] == b"\x16" and self.is_silent and not self.is_mid_line:
+            data += b"\n"  # TLS need not have one, and is to be recognized at once
         if self._patience.awaits_line and b"\n" in data:
             # An empty line is no request.
             self._patience.awaits_line = b"\n" not in (self.unread + data).lstrip(b"\r\n")
@@ -168,7 +166,7 @@ class TaskProtocol(LongLineReceiver):
 
     def lineLengthExceeded(self, line: bytes) -> None:
         """Answer, then hang up; the rest of the line is never kept."""
-        self._session.receive_too_much(self.MAX_LENGTH)
+        self._session.receive_too_much(self.MAX_LENGTH, line)
 
     def readConnectionLost(self) -> None:
         """Answer what is owed, then close (``IHalfCloseableProtocol``)."""
@@ -193,8 +191,8 @@ class TaskProtocol(LongLineReceiver):
         self._factory.left(self)
 
     def drain(self) -> None:
-        """Start nothing more, and hang up when nothing is owed."""
-        self._session.drain()
+        """Start nothing more, and hang up when nothing is owed; TLS has its own goodbye."""
+        self._session.drain(says_goodbye=not getattr(self.transport, "is_secure", False))
 
     def abandon(self, error: CallError) -> None:
         """End every call in flight with an error."""
@@ -225,7 +223,7 @@ class TaskProtocol(LongLineReceiver):
     def expire(self, reason: str) -> None:
         """Hang up on a peer that has been silent for too long, and do not wait for it."""
         if reason:
-            self._session.turn_away(Malformed(reason))
+            self._session.turn_away(Malformed(reason), self.unread)
         else:
             self.transport.loseConnection()
         self._cut_off_after(_LINGER_SECONDS)

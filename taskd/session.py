@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 from twisted.internet.defer import Deferred
 
 from taskd.access import AUTH, Grant
-from taskd.call import Call
+from taskd.call import Call, Origin
 from taskd.errors import (
     BadArguments,
     CallError,
@@ -47,7 +47,7 @@ from taskd.wire import (
 __all__ = ["Peer", "Runner", "Session", "session_functions"]
 
 _HTTP: Final = re.compile(
-    rb"[A-Z]{2,20} [^ ]* ?HTTP/\d|[A-Za-z][A-Za-z-]*: |[A-Z]{3,20} (/|\*|http)"
+    rb"[\w!#$%&'*+.^`|~-]+ [^ ]* ?HTTP/\d|[A-Za-z][A-Za-z-]*: |[A-Z]{3,20} (/|\*|http)"
 )
 _TLS_HANDSHAKE: Final = b"\x16\x03"
 
@@ -61,6 +61,7 @@ class Runner(Protocol):
         positional: list[Any],
         keywords: dict[str, Any],
         id_json: str,
+        origin: Origin | None,
         /,
     ) -> bytes | Deferred[Any]: ...
 
@@ -107,6 +108,7 @@ class Session:
         peer: Who asks.
         max_in_flight: How many calls may be in flight before it is not read from.
         grant: What may be called, or None: nothing before ``taskd.auth``.
+        origin: Who asks, for the log.
 
     Attributes:
         on_quiet: Called when nothing is owed any more, once the session is passed on.
@@ -120,18 +122,21 @@ class Session:
         peer: Peer,
         max_in_flight: int,
         grant: Grant | None,
+        origin: Origin | None = None,
     ) -> None:
         self._find = functions.find
         self._runner = runner
         self._peer = peer
         self._write = peer.write
         self._max_in_flight = max_in_flight
+        self._origin = origin
         self.admit(grant)
         self._is_held = False
         self._in_flight: set[Call] = set()
         self._in_order: deque[Call | _Answered] = deque()
         self._is_ending = False
         self._is_draining = False
+        self._says_goodbye = False
         self._is_passed_on = False
         self._is_late = False
         self._is_gone = False
@@ -163,16 +168,14 @@ class Session:
             if self._may_call is not None and not self._may_call(name):
                 self._turn_down(name, id_json)
                 return
-            if self._is_late and name not in _SESSION_NAMES:
+            if self._is_late and name not in _ANSWERED_TO_THE_END:
                 function, positional, keywords = self._find_elsewhere(name, args)
             else:
                 function = self._find(name)
                 positional, keywords = function.bind(args)
         except Malformed as error:
-            if protocol := _other_protocol(line):
-                self._is_ending = True
-                self._peer.cut_off(protocol)
-            elif line.rstrip(b"\r"):  # else it was a keep-alive
+            # Without the carriage return it may have been a keep-alive.
+            if not self.cut_off_if_foreign(line) and line.rstrip(b"\r"):
                 self._refuse(error.id_json, error)
             return
         except CallError as error:
@@ -180,7 +183,7 @@ class Session:
             return
         pending = None
         if function.runs_at_once and terms is NO_TERMS:
-            outcome = self._runner.call_now(function, positional, keywords, id_json)
+            outcome = self._runner.call_now(function, positional, keywords, id_json, self._origin)
             if isinstance(outcome, bytes):
                 if id_json or not self._in_order:
                     self._write(outcome)
@@ -192,7 +195,16 @@ class Session:
             function.call(self, id_json, *positional, **keywords)
             return
         send_progress = self._send_progress if terms.wants_progress else None
-        call = Call(function, positional, keywords, id_json, terms, self._ended, send_progress)
+        call = Call(
+            function,
+            positional,
+            keywords,
+            id_json,
+            terms,
+            self._ended,
+            send_progress,
+            self._origin,
+        )
         in_flight = self._in_flight
         in_flight.add(call)
         if not id_json:
@@ -223,15 +235,27 @@ class Session:
         function = Function(name, _run_elsewhere, Kind.THREAD)
         return (function, [], args) if isinstance(args, dict) else (function, args, {})
 
-    def receive_too_much(self, limit: int) -> None:
-        """Answer a line that is longer than *limit* bytes."""
+    def cut_off_if_foreign(self, beginning: bytes) -> bool:
+        """
+        End it without a word if a line begins as another protocol's; tell whether it does.
+
+        Whoever is owed a reply has spoken ours, and made a mistake.
+        """
+        protocol = "" if self.owes_replies else _other_protocol(beginning)
+        if protocol:
+            self._is_ending = True
+            self._peer.cut_off(protocol)
+        return bool(protocol)
+
+    def receive_too_much(self, limit: int, beginning: bytes = b"") -> None:
+        """Answer a line that is longer than *limit* bytes, and begins so."""
         is_known = self.grant is not None
         why = "; the daemon's --max-line sets it" if is_known else " until it is known who calls"
-        self.turn_away(LineTooLong(f"a line may have {limit} bytes{why}"))
+        self.turn_away(LineTooLong(f"a line may have {limit} bytes{why}"), beginning)
 
-    def turn_away(self, error: CallError) -> None:
-        """Answer a peer that may not stay, whatever it sends, and hang up."""
-        if not self._is_ending:
+    def turn_away(self, error: CallError, beginning: bytes = b"") -> None:
+        """Answer a peer that may not stay, whatever it has begun to send, and hang up."""
+        if not self._is_ending and not self.cut_off_if_foreign(beginning):
             self._refuse(ABSENT, error)
 
     def receive_end(self, is_mid_line: bool) -> None:
@@ -250,8 +274,14 @@ class Session:
         self._end_with_caller()
         self._hang_up_if_done()
 
-    def drain(self) -> None:
-        """Start nothing more; hang up when nothing is owed."""
+    def drain(self, *, says_goodbye: bool = False) -> None:
+        """
+        Start nothing more; hang up when nothing is owed.
+
+        Args:
+            says_goodbye: True: say so before, for who cannot tell this end from a crash.
+        """
+        self._says_goodbye = says_goodbye
         self._is_draining = self._is_late = True
         self._hang_up_if_done()
 
@@ -288,9 +318,12 @@ class Session:
         """Cancel what this connection has in flight under an id; tell whether there was any."""
         wanted = encode(id)
         found = [call for call in self._in_flight if call.id_json == wanted]
+        self._is_in_question = True  # nothing ends before this answer, either
         for call in found:
             call.fail(Cancelled(f"{call.function.name} was cancelled by its caller"))
+        self._is_in_question = False
         self._emit(id_json, encode_result(id_json, bool(found)))
+        self._rest_if_quiet()
 
     def auth(self, id_json: str, token: str) -> None:
         """Say who calls over this connection; tell the identity that the token stands for."""
@@ -363,6 +396,8 @@ class Session:
         if self._is_gone or not (self._is_ending or self._is_draining):
             return
         if not self.owes_replies:
+            if self._says_goodbye and not self._is_ending:
+                self._write(encode_error(ABSENT, ShuttingDown("goodbye: no more is answered here")))
             self._is_gone = self._is_ending = True
             self._peer.hang_up()
 
@@ -392,7 +427,7 @@ def _other_protocol(line: bytes) -> str:
 
 
 _CANCEL: Final = "taskd.cancel"
-_SESSION_NAMES: Final = frozenset({_CANCEL, AUTH})
+_ANSWERED_TO_THE_END: Final = frozenset({_CANCEL, AUTH, "taskd.ping"})
 
 
 def session_functions() -> list[Function]:

@@ -14,13 +14,26 @@ from typing import Any, Final
 
 from taskd.errors import SettingsError
 
-__all__ = ["DEFAULT_MAX_LINE_BYTES", "SMTP_TLS", "Settings", "SmtpSettings"]
+__all__ = [
+    "DEFAULT_MAX_LINE_BYTES",
+    "LOG_FORMATS",
+    "LOG_LEVELS",
+    "SMTP_TLS",
+    "Settings",
+    "SmtpSettings",
+]
 
 DEFAULT_MAX_LINE_BYTES: Final = 1024 * 1024
 """Longest request line. Workerman's Text protocol allows ten times as much."""
 
 SMTP_TLS: Final = ("none", "starttls", "tls")
 """How mail is protected on its way to the mail server."""
+
+LOG_FORMATS: Final = ("text", "json")
+"""How the log is written: for people, or one JSON object in a line."""
+
+LOG_LEVELS: Final = ("debug", "info", "warn", "error")
+"""What the log can be limited to, from all to least."""
 
 _MODULE: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -49,8 +62,7 @@ class SmtpSettings:
     def __post_init__(self) -> None:
         if not self.host or not 1 <= self.port <= 65535:
             raise SettingsError("--smtp: give HOST:PORT, the port from 1 to 65535")
-        if self.tls not in SMTP_TLS:
-            raise SettingsError(f"--smtp-tls: one of {', '.join(SMTP_TLS)}, not {self.tls!r}")
+        _check_choice("--smtp-tls", self.tls, SMTP_TLS)
         if self.timeout_seconds <= 0:
             raise SettingsError("--smtp: the timeout must be above 0 seconds")
 
@@ -82,6 +94,8 @@ class Settings:
         threads: Blocking tasks that one worker runs at a time, 1 to 100.
         max_line_bytes: Longest request line, from 1024.
         grace_seconds: How long running tasks may go on at a stop, from 0.
+        drain_seconds: How long, before that, all goes on and ``taskd.ping`` tells
+            of the stop, from 0.
         backlog: How many tasks may wait for a free worker, from 0.
         max_in_flight: Calls that one connection may have in flight, from 1.
         max_connections: Connections that all workers hold together, from 1, or
@@ -94,6 +108,8 @@ class Settings:
         max_rss_bytes: Resident memory above which a worker is replaced, or None.
         debug: True: a task's traceback is sent to its caller.
         smtp: Where ``send_mail`` delivers to, or None.
+        log_format: One of ``LOG_FORMATS``.
+        log_level: The lowest level that is logged, one of ``LOG_LEVELS``.
     """
 
     port: int | None
@@ -113,6 +129,7 @@ class Settings:
     threads: int = 1
     max_line_bytes: int = DEFAULT_MAX_LINE_BYTES
     grace_seconds: float = 30.0
+    drain_seconds: float = 0.0
     backlog: int = 10_000
     max_in_flight: int = 1024
     max_connections: int | None = None
@@ -122,6 +139,8 @@ class Settings:
     max_rss_bytes: int | None = None
     debug: bool = False
     smtp: SmtpSettings | None = None
+    log_format: str = "text"
+    log_level: str = "info"
 
     def __post_init__(self) -> None:
         _check_range("--port", self.port, 0, 65535)
@@ -131,6 +150,7 @@ class Settings:
         _check_range("--threads", self.threads, 1, 100)
         _check_range("--max-line", self.max_line_bytes, 1024, 1024**3)
         _check_range("--grace", self.grace_seconds, 0, 86400)
+        _check_range("--drain-seconds", self.drain_seconds, 0, 86400)
         _check_range("--backlog", self.backlog, 0, 1_000_000)
         _check_range("--max-in-flight", self.max_in_flight, 1, 1_000_000)
         _check_range("--max-connections", self.max_connections, 1, 10_000_000)
@@ -139,6 +159,8 @@ class Settings:
         _check_range("--max-tasks", self.max_tasks, 1, 10**12)
         if self.max_rss_bytes is not None:
             _check_range("--max-rss", self.max_rss_bytes / 2**20, 1, 2**30)
+        _check_choice("--log-format", self.log_format, LOG_FORMATS)
+        _check_choice("--log-level", self.log_level, LOG_LEVELS)
         for name in self.task_modules:
             if not name.endswith(".py") and not _MODULE.fullmatch(name):
                 raise SettingsError(
@@ -178,3 +200,8 @@ class Settings:
 def _check_range(option: str, value: float | None, least: float, most: float) -> None:
     if value is not None and not least <= value <= most:
         raise SettingsError(f"{option}: a number from {least} to {most}, not {value}")
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingsError(f"{option}: one of {', '.join(choices)}, not {value!r}")

@@ -16,6 +16,8 @@ from taskd.states import Cause, State
 __all__ = [
     "CALLERS_BYTES",
     "CONNECTIONS",
+    "DONE",
+    "FAILED",
     "FAILURE",
     "NAME",
     "NAME_BYTES",
@@ -39,8 +41,8 @@ _BEGAN: Final = 3
 _ON_REACTOR: Final = 4
 CONNECTIONS: Final = 5
 _ACCEPTED: Final = 6
-_DONE: Final = 7
-_FAILED: Final = 8
+DONE: Final = 7
+FAILED: Final = 8
 ON_THREADS: Final = 10
 _BEAT: Final = 11
 _DUE: Final = 12
@@ -137,6 +139,14 @@ class Slot:
         return State(self._words[STATE])
 
     @property
+    def state_name(self) -> str:
+        """Tell what the slot's process is, and of one that accepts whether a task runs."""
+        state = self.state
+        if state is State.READY:
+            return "busy" if self.is_working else "idle"
+        return state.name.lower()
+
+    @property
     def is_working(self) -> bool:
         """Tell whether at least one task runs."""
         words = self._words
@@ -173,7 +183,7 @@ class Slot:
             seconds: How long it took.
         """
         words = self._words
-        words[_FAILED if failed else _DONE] += 1
+        words[FAILED if failed else DONE] += 1
         bucket = int(seconds * 1e6).bit_length()
         words[_LATENCY + bucket if bucket < _BUCKETS else _SLOWEST] += 1
         self.show_the_rest()
@@ -228,7 +238,7 @@ class Slot:
         self._on_threads -= 1
         words[ON_THREADS] = self._on_threads
         # Counted as in ``leave``, written out for the same reason as in ``run``.
-        words[_FAILED if failed else _DONE] += 1
+        words[FAILED if failed else DONE] += 1
         bucket = int(seconds * 1e6).bit_length()
         words[_LATENCY + bucket if bucket < _BUCKETS else _SLOWEST] += 1
         if not (self._on_threads or self._on_reactor):
@@ -278,7 +288,7 @@ class Slot:
     @property
     def ended(self) -> int:
         """Tell how many tasks have ended in this slot, its earlier processes' included."""
-        return self._words[_DONE] + self._words[_FAILED]
+        return self._words[DONE] + self._words[FAILED]
 
     def connected(self, open_connections: int) -> None:
         """Show that a connection came, and how many there are now."""
@@ -318,13 +328,10 @@ class Slot:
             now: CLOCK_MONOTONIC seconds.
         """
         words, began, state = self._words, self._seconds[_BEGAN], self.state
-        name = state.name.lower()
-        if state is State.READY:
-            name = "busy" if self.is_working else "idle"
         return {
             "worker": self.number,
             "pid": words[_PID] or None,
-            "state": name,
+            "state": self.state_name,
             "task": self.task if began else None,
             "task_seconds": round(now - began, 6) if began else None,
             "uptime": round(now - self._seconds[_BORN], 3) if state else 0.0,
@@ -332,8 +339,8 @@ class Slot:
             "connections": words[CONNECTIONS],
             "callers": self.callers,
             "accepted": words[_ACCEPTED],
-            "done": words[_DONE],
-            "failed": words[_FAILED],
+            "done": words[DONE],
+            "failed": words[FAILED],
             "latency": self.latency(),
         }
 
@@ -393,6 +400,11 @@ class SupervisorSlot(Slot):
         self._name[:] = text.ljust(_FAILURE_BYTES, b"\0")
         self._seconds[_RELOADED] = now
 
+    @property
+    def reload_failure(self) -> str:
+        """Tell why the last reload has failed, or give ''."""
+        return bytes(self._name).rstrip(b"\0").decode(errors="replace")
+
     def summary(self, now: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
         """
         Tell what the slot shows, as plain JSON types.
@@ -405,11 +417,13 @@ class SupervisorSlot(Slot):
         """
         words, seconds = self._words, self._seconds
         oldest, reloaded = seconds[_OLDEST], seconds[_RELOADED]
-        failure = bytes(self._name).rstrip(b"\0").decode(errors="replace")
         supervisor = {
             "pid": words[_PID] or None,
             "uptime": round(now - seconds[_BORN], 3) if words[STATE] else 0.0,
-            "reload": {"seconds_ago": round(now - reloaded, 3), "failure": failure or None}
+            "reload": {
+                "seconds_ago": round(now - reloaded, 3),
+                "failure": self.reload_failure or None,
+            }
             if reloaded
             else None,
         }

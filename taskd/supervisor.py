@@ -13,12 +13,11 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from taskd.children import Worker, Zygote
@@ -26,9 +25,10 @@ from taskd.dispatcher import Dispatcher
 from taskd.errors import StartFailed
 from taskd.lines import LongLineReceiver
 from taskd.link import adopt_link
+from taskd.notify import Notifier
 from taskd.policy import YOUNG_SECONDS, Births, is_hung
 from taskd.ports import Ports
-from taskd.process import Title, adopt_orphans, describe_end, reap_others
+from taskd.process import Strays, Title, adopt_orphans, describe_end
 from taskd.removals import Removals
 from taskd.scoreboard import Scoreboard
 from taskd.settings import Settings
@@ -50,7 +50,6 @@ _BEAT_SECONDS: Final = 0.5
 _KILL_AFTER_GRACE_SECONDS: Final = 2.0
 _KILL_AFTER_LINK_SECONDS: Final = 1.0
 _KILL_AFTER_STACK_SECONDS: Final = 0.1
-_STRAYS_SECONDS: Final = 5.0
 
 
 class Supervisor(Service):
@@ -64,6 +63,7 @@ class Supervisor(Service):
         clock: Gives CLOCK_MONOTONIC seconds.
         adopt: Lets the reactor carry a link.
         set_signal: Sets what a signal does, as ``signal.signal``.
+        notifier: Is told how the daemon gets on.
 
     Attributes:
         clock: As it was given.
@@ -71,7 +71,6 @@ class Supervisor(Service):
     """
 
     name = "taskd"
-    _log = Logger(namespace="taskd.supervisor")
 
     def __init__(
         self,
@@ -81,12 +80,15 @@ class Supervisor(Service):
         clock: Callable[[], float] = time.monotonic,
         adopt: Callable[[Any, int, LongLineReceiver], None] = adopt_link,
         set_signal: Callable[[int, Callable[..., object]], object] = signal.signal,
+        notifier: Notifier | None = None,
     ) -> None:
+        self._log = Logger(namespace="taskd.supervisor")  # whatever it is a part of
         self._settings = settings
         self._reactor = reactor
         self.clock = clock
         self._adopt = adopt
         self._set_signal = set_signal
+        self._notifier = notifier or Notifier()
         self._births = Births()
         self._ports = ports
         self.credentials = ports.credentials
@@ -100,7 +102,7 @@ class Supervisor(Service):
         self._next_beat = 0.0
         self._has_been_whole = False
         self._stopped: Deferred[None] | None = None
-        self._strays: IDelayedCall | None = None
+        self._strays = Strays(reactor, self._pids)
 
     # twistd calls these.
 
@@ -112,7 +114,7 @@ class Supervisor(Service):
             StartFailed: One cannot be had, or is not safe.
         """
         self._started_at = self.clock()
-        self._ports.open()
+        self._credentials = self._ports.open()
 
     def startService(self) -> None:
         """
@@ -143,9 +145,10 @@ class Supervisor(Service):
         if not self._ports.sockets:
             raise StartFailed("no port is open: privilegedStartService was not called")
         self._zygotes = Zygotes(self, self._reactor, settings, self._slot, self._make_zygote)
-        self._zygotes.start()
+        self._notifier.starting()
+        self._zygotes.start(self._credentials)
         self._reactor.callLater(_WATCH_SECONDS, self._watch)
-        self._on_signal(signal.SIGHUP, self._zygotes.reload)
+        self._on_signal(signal.SIGHUP, self._reload)
         Title("taskd: supervisor")
 
     def _make_zygote(self, spec: dict[str, Any]) -> Zygote:
@@ -162,41 +165,56 @@ class Supervisor(Service):
     def _on_signal(self, number: signal.Signals, act: Callable[[], None]) -> None:
         self._set_signal(number, lambda *_: self._reactor.callFromThread(act))
 
+    def _reload(self) -> None:
+        self._notifier.reloading(self.clock())
+        self._zygotes.reload()
+
     def stopService(self) -> Deferred[None]:
         """
         Stop taking tasks, let the running ones finish within the grace, kill the rest.
+
+        Before that all goes on for a while, if the operator wants that.
 
         Returns:
             Fires with None when the last child has been reaped.
         """
         super().stopService()  # type: ignore[no-untyped-call]
-        self._stopped = Deferred()
+        self._ending: Deferred[None] = Deferred()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._on_signal(number, self.hurry)
+        self._slot.drain()
+        drain, grace = self._settings.drain_seconds, self._settings.grace_seconds
+        self._notifier.stopping(drain + grace + 2 * _KILL_AFTER_GRACE_SECONDS)
+        if drain:
+            self._reactor.callLater(drain, self._stop)
+        else:
+            self._stop()
+        return self._ending
+
+    def _stop(self) -> None:
+        if self._stopped is not None:  # told again meanwhile
+            return
+        self._stopped = self._ending
+        grace = self._settings.grace_seconds
         self._ports.close()
         self._zygotes.stop()
         self._removals.close()
         busy = sum(self._slots[w.number].is_working for w in self._workers.values())
         if busy or self.dispatcher.waiting:
-            self._log.info(
-                "busy workers: {busy}, tasks that wait: {waiting}; they get {grace:g} s",
-                busy=busy,
-                waiting=self.dispatcher.waiting,
-                grace=self._settings.grace_seconds,
-            )
+            text = "busy workers: {busy}, tasks that wait: {waiting}; they get {grace:g} s"
+            self._log.info(text, busy=busy, waiting=self.dispatcher.waiting, grace=grace)
         for worker in list(self._workers.values()):
             worker.stop()
-        grace = self._settings.grace_seconds
         self._reactor.callLater(grace, self.dispatcher.refuse_all)
         self._reactor.callLater(
             grace + _KILL_AFTER_GRACE_SECONDS, self._kill_all, "its grace is over"
         )
         self._check_stopped()
-        return self._stopped
 
     def hurry(self) -> None:
         """Stop now, without waiting for the tasks that run."""
-        if self._stopped is not None:
+        if not self.running:
+            self._stop()
             self._log.warn("told again to stop: what runs is killed")
             self._kill_all("told again to stop")
 
@@ -216,19 +234,11 @@ class Supervisor(Service):
         if self._stopped is not None:
             self._check_stopped()
         else:
-            self._reap_strays()
+            self._strays.reap()  # what the tasks of orphaned workers leave behind
             self._fill()
 
-    def _reap_strays(self) -> None:
-        """
-        Reap, from now on, what the tasks of orphaned workers leave behind.
-
-        Such a process becomes a child of this one, and Twisted reaps only what
-        it has spawned itself.
-        """
-        reap_others({*self._workers, *(zygote.pid for zygote in self._zygotes.all())})
-        if self._strays is None or not self._strays.active():
-            self._strays = self._reactor.callLater(_STRAYS_SECONDS, self._reap_strays)
+    def _pids(self) -> set[int]:
+        return {*self._workers, *(zygote.pid for zygote in self._zygotes.all())}
 
     # The workers.
 
@@ -251,20 +261,19 @@ class Supervisor(Service):
         """Try again later what the kernel refused."""
         self._requested.pop(number, None)
         delay = self._births.died(0.0)
-        self._log.error(
-            "worker {number} cannot be forked: {reason}; next try in {delay:g} s",
-            number=number,
-            reason=reason,
-            delay=delay,
-        )
+        text = "worker {worker} cannot be forked: {reason}; next try in {delay:g} s"
+        self._log.error(text, worker=number, reason=reason, delay=delay)
         self._reactor.callLater(delay, self._fill)
 
     def worker_ready(self, worker: Worker) -> None:
         """Have a worker that accepts take the place of one that is to go."""
         worker.ready_at = self.clock()
-        if self._stopped is not None or worker.is_retired:  # nothing is to be given to it
+        if worker.is_retired:  # nothing is to be given to it
             return
         self.dispatcher.join(worker, self.clock())
+        if self._stopped is not None:  # it may be the one that is free for what waits
+            return
+        self._notifier.ready()
         for worn in self._worn:
             if worn.cause is Cause.RELOAD and worker.cause is None:
                 self.dispatcher.close(worn)  # it may not know what newer code hands over
@@ -328,6 +337,7 @@ class Supervisor(Service):
         slot = self._slots[worker.number]
         # One that its task has killed did not die of its start, however young.
         lived = YOUNG_SECONDS if slot.is_working else worker.lived_seconds(self.clock())
+        worker.ran = slot.task if slot.is_working else ""
         slot.close()
         self.dispatcher.lost(worker, self.clock())
         # A process may stay behind its link, so it is killed if it has not gone soon.
@@ -341,8 +351,8 @@ class Supervisor(Service):
         delay = self._births.died(lived)
         if delay:
             self._log.error(
-                "worker {number} died within {young:g} s of its start; next try in {delay:g} s",
-                number=worker.number,
+                "worker {worker} died within {young:g} s of its start; next try in {delay:g} s",
+                worker=worker.number,
                 young=YOUNG_SECONDS,
                 delay=delay,
             )
@@ -358,20 +368,14 @@ class Supervisor(Service):
         if not worker.is_gone:
             worker.is_gone = True
             self.worker_gone(worker)
+        who = {"worker": worker.number, "pid": pid}
         if worker.is_retired and not status and worker.cause is not None:
-            self._log.info(
-                "worker {number} (pid {pid}) was replaced: {cause}",
-                number=worker.number,
-                pid=pid,
-                cause=worker.cause.name.lower().replace("_", "-"),
-            )
+            cause = worker.cause.name.lower().replace("_", "-")
+            self._log.info("worker {worker} (pid {pid}) was replaced: {cause}", cause=cause, **who)
         elif (status or self._stopped is None) and not worker.is_killed:
-            self._log.warn(
-                "worker {number} (pid {pid}) {died}",
-                number=worker.number,
-                pid=pid,
-                died=describe_end(status),
-            )
+            ran = {"function": worker.ran} if worker.ran else {}
+            words = "worker {worker} (pid {pid}) {end}" + "; it ran {function}" * len(ran)
+            self._log.warn(words, end=describe_end(status), **who, **ran)
         used = {worker.zygote for worker in self._workers.values()}
         self._zygotes.dismiss_unused(used.union(self._requested.values()))
         self._check_stopped()
@@ -410,12 +414,13 @@ class Supervisor(Service):
             self.dispatcher.oldest(), counts.handed_over, counts.refused, counts.expired
         )
         asks = now >= self._next_beat
+        roused = self._notify(now) if asks else ()
         if asks:
             self._next_beat = now + _BEAT_SECONDS
         for worker in list(self._workers.values()):
             slot = self._slots[worker.number]
             # The others have nothing to see to, and are left asleep.
-            if asks and (self._settings.max_rss_bytes or slot.is_in_use):
+            if asks and (self._settings.max_rss_bytes or slot.is_in_use or worker in roused):
                 worker.ask_for_beat(now, slot.beat)
             silent_since = worker.silent_since(slot.beat)
             if not (worker.is_gone or worker.is_hung) and is_hung(now, silent_since, slot.due):
@@ -424,13 +429,20 @@ class Supervisor(Service):
         self._house()
         self._let_go()
 
+    def _notify(self, now: float) -> Collection[Worker]:
+        there = [w for w in self._workers.values() if not (w.is_gone or w.is_retired)]
+        return self._notifier.look(
+            now,
+            {w: self._slots[w.number].beat for w in there if w.ready_at is not None},
+            self._scoreboard.figures,
+            self._zygotes.is_loading or any(w.cause is Cause.RELOAD for w in there),
+            self._slot.reload_failure,
+        )
+
     def _end_hung(self, worker: Worker, task: str) -> None:
         worker.is_hung = True
-        self._log.error(
-            "worker {number} does not answer, and {task} is past its time limit: it is killed",
-            number=worker.number,
-            task=task,
-        )
+        why = "worker {worker} does not answer, and {function} is past its time limit: it is killed"
+        self._log.error(why, worker=worker.number, pid=worker.pid, function=task)
         self._signal(worker, signal.SIGUSR2)  # it prints where it stands
         self._reactor.callLater(_KILL_AFTER_STACK_SECONDS, self.kill, worker)
 
@@ -462,7 +474,7 @@ class Supervisor(Service):
 
     def _kill_all(self, why: str) -> None:
         for worker in list(self._workers.values()):
-            self._log.warn("worker {number} is killed: {why}", number=worker.number, why=why)
+            self._log.warn("worker {worker} is killed: {reason}", worker=worker.number, reason=why)
             worker.is_killed = True
             self.kill(worker)
         if self._workers:

@@ -12,17 +12,29 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NoReturn, cast
 
 from twisted.application.service import IService
-from twisted.logger import Logger
+from twisted.logger import (
+    ILogObserver,
+    LogEvent,
+    Logger,
+    LogLevel,
+    formatEvent,
+    globalLogPublisher,
+)
 from twisted.python import usage
+from twisted.python.components import Componentized
 
 from taskd import __version__
+from taskd.checking import check
 from taskd.endpoints import listeners_from
 from taskd.errors import SettingsError, StartFailed
+from taskd.logs import observer_for
+from taskd.notify import Notifier
+from taskd.options import OPTIONS, Option, read_file
 from taskd.ports import Ports
-from taskd.settings import DEFAULT_MAX_LINE_BYTES, SMTP_TLS, Settings, SmtpSettings
+from taskd.settings import Settings, SmtpSettings
 from taskd.supervisor import Supervisor
 
 __all__ = ["Options", "makeService", "settings_from"]
@@ -33,18 +45,23 @@ _TOKEN_CREDENTIAL: Final = "taskd.token"  # noqa: S105 (its name)
 _SMTP_LOGIN_VARIABLE: Final = "TASKD_SMTP_LOGIN"
 
 
-def _number(option: str, kind: type[int] | type[float]) -> Callable[[str], float]:
-    def read(text: str) -> float:
+def _reader(option: Option) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
         try:
-            return kind(text)
+            return option.kind(text)
         except ValueError:
-            raise ValueError(f"--{option}: a number, not {text!r}") from None
+            raise ValueError(f"--{option.name}: a number, not {text!r}") from None
 
     return read
 
 
 class Options(usage.Options):
-    """What ``twistd taskd`` can be told."""
+    """
+    What ``twistd taskd`` can be told.
+
+    The table of options is ``options.OPTIONS``. What stands on the command line wins
+    over what a file says; of a flag that the file sets there is no opposite.
+    """
 
     synopsis = "[options]"
     longdesc = (
@@ -53,153 +70,46 @@ class Options(usage.Options):
     )
 
     optParameters: ClassVar[list[list[Any]]] = [
-        [
-            "port",
-            "p",
-            None,
-            f"TCP port to listen on; 0 lets the kernel choose [default: {_PORT}, "
-            "unless --listen says where]",
-            _number("port", int),
-        ],
-        ["interface", "i", "127.0.0.1", "Address to listen on"],
-        [
-            "tls",
-            None,
-            None,
-            "PEM file of the certificate to speak TLS with, on --tls-port or else on --port",
-        ],
-        ["key", None, None, "PEM file of its private key"],
-        [
-            "tls-port",
-            None,
-            None,
-            "TCP port that speaks TLS, beside --port",
-            _number("tls-port", int),
-        ],
-        [
-            "client-ca",
-            None,
-            None,
-            "PEM file of the authorities that callers over TLS must have a certificate from",
-        ],
-        [
-            "token-file",
-            None,
-            None,
-            "File of the tokens that callers must show, IDENTITY:TOKEN in a line "
-            f"[default: {_TOKEN_CREDENTIAL} among systemd's credentials, if there is one]",
-        ],
-        ["socket-owner", None, None, "USER, USER:GROUP or :GROUP that Unix sockets are given to"],
-        [
-            "procs",
-            "n",
-            None,
-            "Number of worker processes [default: 10 x the cores]",
-            _number("procs", int),
-        ],
-        [
-            "threads",
-            None,
-            1,
-            "Blocking tasks that one worker runs at a time",
-            _number("threads", int),
-        ],
-        [
-            "max-line",
-            None,
-            DEFAULT_MAX_LINE_BYTES,
-            "Longest request line, in bytes",
-            _number("max-line", int),
-        ],
-        [
-            "grace",
-            None,
-            30.0,
-            "Seconds that running tasks get when the daemon stops",
-            _number("grace", float),
-        ],
-        [
-            "backlog",
-            None,
-            10_000,
-            "Tasks that may wait for a free worker; beyond it callers are told to come back",
-            _number("backlog", int),
-        ],
-        [
-            "max-in-flight",
-            None,
-            1024,
-            "Calls in flight on one connection, beyond which it is not read from",
-            _number("max-in-flight", int),
-        ],
-        [
-            "max-connections",
-            None,
-            None,
-            "Connections of all workers together [default: as many as file descriptors allow]",
-            _number("max-connections", int),
-        ],
-        [
-            "first-line-timeout",
-            None,
-            30.0,
-            "Seconds that a new connection may take to send a complete line",
-            _number("first-line-timeout", float),
-        ],
-        [
-            "idle-timeout",
-            None,
-            None,
-            "Seconds after which a connection without a task in flight is closed [default: never]",
-            _number("idle-timeout", float),
-        ],
-        [
-            "max-tasks",
-            None,
-            None,
-            "Tasks after which a worker is replaced [default: never]",
-            _number("max-tasks", int),
-        ],
-        [
-            "max-rss",
-            None,
-            None,
-            "Resident memory in MiB above which a worker is replaced [default: never]",
-            _number("max-rss", float),
-        ],
-        ["smtp", None, None, "Mail server of send_mail, as HOST:PORT"],
-        ["smtp-tls", None, None, f"Protection of mail: {', '.join(SMTP_TLS)} [default: none]"],
-        ["smtp-login", None, None, f"File with USER:PASSWORD [or set {_SMTP_LOGIN_VARIABLE}]"],
+        [option.name, option.short, None, option.usage, _reader(option)]
+        for option in OPTIONS
+        if option.kind in (int, float, str)
     ]
     optFlags: ClassVar[list[list[Any]]] = [
-        ["no-preload", None, "Have each worker import the task modules after its fork"],
-        ["debug", None, "Send callers the traceback of a task that failed"],
-        ["insecure", None, "Listen where other machines can call, without asking who calls"],
+        ["check", None, "Say whether the daemon could start with all this, and exit"],
+        *([option.name, None, option.usage] for option in OPTIONS if option.kind is bool),
     ]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self["tasks"] = []
-        self["listen"] = []
-        self["allow"] = []
+        self.docs.update({option.name: option.usage for option in OPTIONS})
+        self["config"] = None
+        self._from_file: set[str] = set()
+        self.update({option.name: None for option in OPTIONS})
+
+    def opt_config(self, path: str) -> None:
+        """Take what is not said here from a TOML file; its keys are these options' names."""
+        if self["config"] is not None:
+            raise usage.UsageError(f"--config {path}: there is one already, {self['config']}")
+        self["config"] = path
 
     def opt_tasks(self, modules: str) -> None:
-        """Run the tasks of a module (dotted name, or path of a .py file); repeatable."""
-        self["tasks"].extend(name.strip() for name in modules.split(",") if name.strip())
+        """Add modules of tasks."""
+        names = [name.strip() for name in modules.split(",") if name.strip()]
+        self["tasks"] = [*(self["tasks"] or ()), *names]
 
     def opt_listen(self, endpoint: str) -> None:
-        """Listen there too: a server endpoint of Twisted (tcp: ssl: unix: systemd:); repeatable."""
-        self["listen"].append(endpoint)
+        """Add a place to listen at."""
+        self["listen"] = [*(self["listen"] or ()), endpoint]
 
     def opt_allow(self, rule: str) -> None:
-        """Let IDENTITY=FUNCTION,... (glob patterns) call these and no others; repeatable."""
+        """Add a rule."""
         identity, equals, names = rule.rpartition("=")
         patterns = tuple(name.strip() for name in names.split(",") if name.strip())
         if not (equals and identity.strip() and patterns):
             raise usage.UsageError(
                 f"--allow {rule}: give IDENTITY=FUNCTION,..., such as web=send_mail,echo"
             )
-        self["allow"].append((identity.strip(), patterns))
+        self["allow"] = [*(self["allow"] or ()), (identity.strip(), patterns)]
 
     def opt_version(self) -> None:
         """Show taskd's version and exit."""
@@ -217,10 +127,62 @@ class Options(usage.Options):
     def postOptions(self) -> None:
         """Check everything that can be checked before the daemon starts."""
         try:
+            self._complete()
             self.settings = settings_from(self, os.environ)
             self.listeners = listeners_from(self.settings)
+            if self["log-format"] == "json" and self._twistd.get("logger"):
+                raise SettingsError("--log-format json is of no use with twistd's --logger")
         except SettingsError as error:
-            raise usage.UsageError(str(error)) from None
+            raise usage.UsageError(self._with_its_file(str(error))) from None
+        if self["check"]:
+            self._check()
+
+    @property
+    def _twistd(self) -> Mapping[str, Any]:
+        """Give twistd's own options."""
+        return self.parent if self.parent is not None else {}
+
+    def observer(self) -> ILogObserver | None:
+        """Make what writes the log; None: that is left to twistd."""
+        if self.parent is None or self._twistd.get("logger"):
+            return None
+        return observer_for(self["log-format"], self["log-level"], self._twistd)
+
+    def _complete(self) -> None:
+        """Take what is not on the command line from the file, or else by default."""
+        said = read_file(self["config"]) if self["config"] is not None else {}
+        for option in OPTIONS:
+            if self[option.name] is None:
+                self[option.name] = said.get(option.name, option.default)
+                self._from_file.update({option.name} & said.keys())
+
+    def _with_its_file(self, told: str) -> str:
+        """Name the file, not an option, for what stands in the file."""
+        name = told.removeprefix("--").partition(" ")[0].rstrip(":")
+        if told.startswith("--") and name in self._from_file:
+            return f"{self['config']}: {told.removeprefix('--')}"
+        return told
+
+    def _check(self) -> NoReturn:
+        """Say whether the daemon could start, and exit."""
+        warnings: list[str] = []
+
+        def take(event: LogEvent) -> None:
+            if event.get("log_level", LogLevel.info) >= LogLevel.warn:
+                warnings.append(formatEvent(event))
+
+        observe = cast(ILogObserver, take)
+        globalLogPublisher.addObserver(observe)
+        try:
+            good = check(self.settings, Ports(self.settings, self.listeners))
+        except StartFailed as error:
+            raise SystemExit(f"twistd taskd: {error}") from None
+        finally:
+            globalLogPublisher.removeObserver(observe)
+        for warning in warnings:
+            print(f"taskd: {warning}", file=sys.stderr)  # noqa: T201
+        print(f"taskd: {good}")  # noqa: T201
+        raise SystemExit(0)
 
 
 def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
@@ -237,22 +199,23 @@ def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Set
     Raises:
         SettingsError: A value cannot be, or is not safe.
     """
-    modules = options["tasks"]
+    modules = options["tasks"] or ()
     if not modules and os.path.isfile("tasks.py"):
         modules = ["tasks.py"]
     port = options["port"]
-    if port is None and not options["listen"]:
+    listen = tuple(options["listen"] or ())
+    if port is None and not listen:
         port = _PORT
     return Settings(
         port=port,
         interface=options["interface"],
-        listen=tuple(options["listen"]),
+        listen=listen,
         certificate=options["tls"] or "",
         key=options["key"] or "",
         tls_port=options["tls-port"],
         client_ca=options["client-ca"] or "",
         token_file=options["token-file"] or _token_credential(environ),
-        allow=tuple(options["allow"]),
+        allow=tuple(options["allow"] or ()),
         socket_owner=options["socket-owner"] or "",
         insecure=bool(options["insecure"]),
         procs=(os.cpu_count() or 1) * _PROCS_PER_CORE
@@ -263,6 +226,7 @@ def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Set
         threads=options["threads"],
         max_line_bytes=options["max-line"],
         grace_seconds=options["grace"],
+        drain_seconds=options["drain-seconds"],
         backlog=options["backlog"],
         max_in_flight=options["max-in-flight"],
         max_connections=options["max-connections"],
@@ -271,6 +235,8 @@ def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Set
         max_tasks=options["max-tasks"],
         max_rss_bytes=_bytes_of(options["max-rss"]),
         debug=bool(options["debug"]),
+        log_format=options["log-format"],
+        log_level=options["log-level"],
         smtp=_smtp_from(options, environ),
     )
 
@@ -336,7 +302,31 @@ def makeService(options: Options) -> IService:
     from twisted.internet import reactor
 
     sys.excepthook = _one_line_for_failed_starts(sys.excepthook)
-    return Supervisor(options.settings, Ports(options.settings, options.listeners), reactor)
+    daemon = _Daemon(
+        options.settings,
+        Ports(options.settings, options.listeners),
+        reactor,
+        notifier=Notifier.take(os.environ, os.getpid()),
+    )
+    daemon.observer = options.observer
+    return daemon
+
+
+class _Daemon(Supervisor):
+    """
+    The supervisor, which has its application write the log as it was told.
+
+    Attributes:
+        observer: Makes what writes it, or gives None: that is left to twistd.
+    """
+
+    observer: Callable[[], ILogObserver | None]
+
+    def setServiceParent(self, parent: Any) -> None:  # noqa: N802
+        """Become part of an application, which twistd asks then for an observer."""
+        if isinstance(parent, Componentized) and (observer := self.observer()) is not None:
+            parent.setComponent(ILogObserver, observer)
+        super().setServiceParent(parent)  # type: ignore[no-untyped-call]
 
 
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
@@ -357,6 +347,6 @@ def _one_line_for_failed_starts(previous: _Hook) -> _Hook:
         print(f"twistd taskd: {error}", file=sys.__stderr__)
         if os.path.samestat(os.fstat(2), os.stat(os.devnull)):
             # A daemon has no terminal any more, and twistd says to look at the log.
-            Logger(namespace="taskd").critical("cannot start: {why}", why=error)
+            Logger(namespace="taskd").critical("cannot start: {reason}", reason=error)
 
     return hook

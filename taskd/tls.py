@@ -120,16 +120,16 @@ class Secure:
         except (ValueError, UnsupportedAlgorithm) as error:
             raise StartFailed(f"{pair.origin}: the certificate or its key: {error}") from None
         trusted = _authorities(client_ca) if client_ca else None
-        options = CertificateOptions(
-            privateKey=crypto.PKey.from_cryptography_key(key),  # type: ignore[arg-type]
-            certificate=crypto.X509.from_cryptography(own),
-            extraCertChain=[crypto.X509.from_cryptography(one) for one in chain],
-            trustRoot=trusted,
-            acceptableProtocols=[ALPN],
-        )
         try:
+            options = CertificateOptions(
+                privateKey=crypto.PKey.from_cryptography_key(key),  # type: ignore[arg-type]
+                certificate=crypto.X509.from_cryptography(own),
+                extraCertChain=[crypto.X509.from_cryptography(one) for one in chain],
+                trustRoot=trusted,
+                acceptableProtocols=[ALPN],
+            )
             options.getContext().check_privatekey()
-        except (SSL.Error, ValueError) as error:
+        except (SSL.Error, TypeError, ValueError) as error:
             raise StartFailed(
                 f"{pair.origin}: the certificate and its key do not go together: {reason_of(error)}"
             ) from None

@@ -7,7 +7,6 @@ Everything that a worker is made of is put together here and nowhere else.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -21,7 +20,7 @@ from typing import Any, Final, cast
 from twisted.internet.defer import Deferred
 from twisted.internet.main import installReactor
 from twisted.internet.protocol import connectionDone
-from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, globalLogBeginner
+from twisted.logger import ILogObserver, globalLogBeginner
 from twisted.python.failure import Failure
 from twisted.python.threadable import isInIOThread
 
@@ -35,6 +34,7 @@ from taskd.introspection import Introspection
 from taskd.lines import LongLineReceiver, OneConnection
 from taskd.link import Link, Reader, adopt_link
 from taskd.loading import load_tasks
+from taskd.logs import Forwarder
 from taskd.mail import Mailer
 from taskd.process import Title, resident_bytes
 from taskd.relay import Relay
@@ -210,7 +210,7 @@ def run(
     worker.serve(link, listening, prepared.credentials.key_pairs)
     # What Twisted had to say about the port is every worker's, and nobody's news.
     globalLogBeginner.beginLoggingTo(
-        [cast(ILogObserver, worker.observe)], discardBuffer=True, redirectStandardIO=False
+        [cast(ILogObserver, worker.forwarder)], discardBuffer=True, redirectStandardIO=False
     )
     reactor.run()
 
@@ -251,7 +251,14 @@ class _Worker:
             Access(prepared.credentials.tokens, settings.allow),
             lambda: sum(scoreboard.connections()),
         )
-        self._relay = Relay(prepared.registry, self._executor, scoreboard, self._tell)
+        self._relay = Relay(
+            prepared.registry,
+            self._executor,
+            scoreboard,
+            self._tell,
+            is_verbose=settings.log_level == "debug",
+        )
+        self.forwarder = Forwarder(settings.log_level, self._log, self._executor.about_now)
         self._link = _SupervisorLink(
             {
                 **self._relay.readers,
@@ -451,24 +458,12 @@ class _Worker:
             self.stop()
         return self._done
 
-    def observe(self, event: LogEvent) -> None:
-        """Send what is logged here to the supervisor, who has the log."""
-        if event.get("log_level", LogLevel.info) < LogLevel.info:
-            return
-        text = eventAsText(event, includeTimestamp=False, includeSystem=False)
-        message = json.dumps(
-            {
-                "level": event.get("log_level", LogLevel.info).name,
-                "namespace": event.get("log_namespace", ""),
-                # Half of a surrogate pair would stop the log's own file.
-                "text": text.encode(errors="backslashreplace").decode(),
-            }
-        )
-        line = b"log %s\n" % message.encode()
+    def _log(self, message: bytes) -> None:
+        """Send something for the log, which the supervisor has; a thread may log too."""
         if isInIOThread():
-            self._tell(line)
+            self._tell(message)
         else:
-            self._reactor.callFromThread(self._tell, line)
+            self._reactor.callFromThread(self._tell, message)
 
 
 class _SupervisorLink(Link):

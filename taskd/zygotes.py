@@ -64,7 +64,7 @@ class Zygotes:
         self._make = make
         self._births = Births()
         self._preload = settings.preload
-        self._credentials = Credentials()
+        self._credentials = self._next_credentials = Credentials()
         self._current: Zygote | None = None
         self._next: Zygote | None = None
         self._old: set[Zygote] = set()
@@ -77,6 +77,11 @@ class Zygotes:
         current = self._current
         return current if current is not None and current.is_loaded else None
 
+    @property
+    def is_loading(self) -> bool:
+        """Tell whether new code is loaded, or will be."""
+        return self._next is not None or self._reloads_again
+
     def is_latest(self, zygote: Zygote) -> bool:
         """Tell whether no newer code than a zygote's has been loaded."""
         return zygote not in self._old
@@ -85,15 +90,18 @@ class Zygotes:
         """Give all that are there."""
         return [*(z for z in (self._current, self._next) if z is not None), *self._old]
 
-    def start(self) -> None:
+    def start(self, credentials: Credentials) -> None:
         """
         Spawn the first, and wait until it has loaded the code.
 
+        Args:
+            credentials: For it and its workers, until a reload reads them anew.
+
         Raises:
-            StartFailed: It could not, or the credentials cannot be used.
+            StartFailed: It could not.
         """
-        self._credentials = self._owner.credentials()
-        self._current = self._spawn()
+        self._credentials = credentials
+        self._current = self._spawn(self._credentials)
         self._current.wait_until_loaded()
 
     def stop(self) -> None:
@@ -108,8 +116,7 @@ class Zygotes:
         for zygote in self._old - used:
             zygote.dismiss()
 
-    def _spawn(self) -> Zygote:
-        credentials = self._credentials
+    def _spawn(self, credentials: Credentials) -> Zygote:
         return self._make(
             {
                 "boot": "taskd.worker",
@@ -126,13 +133,15 @@ class Zygotes:
         if self._is_stopping or self._current is not None:
             return
         try:
-            self._current = self._spawn()
+            self._current = self._spawn(self._credentials)
             self._current.begin()
         except OSError as error:
             self._current = None
             delay = self._births.died(0.0)
             self._log.error(
-                "no zygote can be spawned: {why}; next try in {delay:g} s", why=error, delay=delay
+                "no zygote can be spawned: {reason}; next try in {delay:g} s",
+                reason=error,
+                delay=delay,
             )
             self._reactor.callLater(delay, self._respawn)
 
@@ -152,18 +161,16 @@ class Zygotes:
             self._reloads_again = True
             return
         self._log.info("loading the task modules anew")
-        before = self._credentials
         try:
-            self._credentials = self._owner.credentials()
-            self._next = self._spawn()
+            self._next_credentials = self._owner.credentials()
+            self._next = self._spawn(self._next_credentials)
             self._next.begin()
         except (OSError, StartFailed) as error:
-            self._credentials = before
             self._reload_failed(str(error))
 
     def _reload_failed(self, reason: str) -> None:
         self._next = None
-        self._log.error("the new code cannot be loaded, the old serves on: {why}", why=reason)
+        self._log.error("the new code cannot be loaded, the old serves on: {reason}", reason=reason)
         self._slot.show_reload(self._owner.clock(), reason)
         self._reload_if_told_again()
 
@@ -185,6 +192,7 @@ class Zygotes:
             if self._current is not None:
                 self._old.add(self._current)
             self._current, self._next = zygote, None
+            self._credentials = self._next_credentials
             self._log.info("the new code is loaded; its workers take over")
             self._slot.show_reload(self._owner.clock(), "")
         self._owner.zygote_loaded(is_reload)
@@ -214,12 +222,12 @@ class Zygotes:
         if is_current and not self._is_stopping:
             delay = self._births.died(zygote.lived_seconds(self._owner.clock()))
             self._log.error(
-                "the zygote (pid {pid}) {died}; another one starts in {delay:g} s",
+                "the zygote (pid {pid}) {end}; another one starts in {delay:g} s",
                 pid=zygote.pid,
-                died=describe_end(status),
+                end=describe_end(status),
                 delay=delay,
             )
             self._reactor.callLater(delay, self._respawn)
         elif is_old and status:
-            self._log.error("the old zygote {died}", died=describe_end(status))
+            self._log.error("the old zygote {end}", end=describe_end(status))
         self._owner.zygote_gone(zygote, is_current)

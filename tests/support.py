@@ -20,6 +20,7 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol, IStreamClientEndpoint
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
+from twisted.logger import formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.test.iosim import FakeTransport, IOPump, connect
 from twisted.trial.unittest import SynchronousTestCase
@@ -47,6 +48,7 @@ __all__ = [
     "ScriptedEndpoint",
     "counts_of",
     "line_of",
+    "log_of",
     "new_slot",
     "registry_of",
     "temporary_directory",
@@ -116,6 +118,19 @@ def registry_of(*functions: Callable[..., Any]) -> Registry:
     registry = Registry(session_functions())
     registry.add_module(module)
     return registry
+
+
+def log_of(case: SynchronousTestCase, room: str) -> list[str]:
+    """Give what one module logs from now on, each line with its level before it."""
+    lines: list[str] = []
+
+    def observe(event: Any) -> None:
+        if event["log_namespace"].startswith(f"taskd.{room}."):
+            lines.append(f"{event['log_level'].name}: {formatEvent(event)}")
+
+    globalLogPublisher.addObserver(observe)
+    case.addCleanup(globalLogPublisher.removeObserver, observe)
+    return lines
 
 
 def temporary_directory(case: SynchronousTestCase) -> Path:

@@ -9,10 +9,13 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol, IReadDescriptor
+from twisted.internet.protocol import Factory
 from twisted.internet.task import Clock
 from twisted.internet.testing import AccumulatingProtocol
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
@@ -25,7 +28,7 @@ from taskd.policy import (
     NO_ROOM_PAUSE_SECONDS,
     RESERVED_FDS,
 )
-from tests.support import MemoryDaemon, line_of
+from tests.support import MemoryDaemon, line_of, log_of, temporary_directory
 
 LONG = 8 * 1024 * 1024
 """More bytes than the kernel takes for a peer that does not read."""
@@ -61,7 +64,7 @@ class GuestProtocol(AccumulatingProtocol):
     Keeps what comes.
 
     Attributes:
-        came_from: How it was told that it came: ``accepted``, or what was read elsewhere.
+        came_from: How it was told that it came: ``accepted``, or what was sent along elsewhere.
     """
 
     def __init__(self) -> None:
@@ -71,9 +74,9 @@ class GuestProtocol(AccumulatingProtocol):
         assert self.transport is not None
         self.came_from.append("accepted")
 
-    def adopted(self, unread: bytes) -> None:
+    def adopted(self, luggage: bytes) -> None:
         assert self.transport is not None
-        self.came_from.append(unread)
+        self.came_from.append(luggage)
 
 
 class CountingFactory:
@@ -82,9 +85,11 @@ class CountingFactory:
     def __init__(self) -> None:
         self.on_room: Callable[[], None] = lambda: None
         self.made: list[GuestProtocol] = []
+        self.addresses: list[Any] = []
         self.open_connections = 0
 
     def buildProtocol(self, addr: Any) -> GuestProtocol:
+        self.addresses.append(addr)
         self.made.append(GuestProtocol())
         self.open_connections += 1
         return self.made[-1]
@@ -127,8 +132,8 @@ class SharedPortTests(SynchronousTestCase):
         self.factory = CountingFactory()
         self.port = self.new_port()
 
-    def new_port(self) -> SharedPort:
-        port = SharedPort(self.listening.fileno(), self.factory, self.reactor)
+    def new_port(self, **options: Any) -> SharedPort:
+        port = SharedPort(self.listening.fileno(), self.factory, self.reactor, **options)
         self.addCleanup(port.close)
         return port
 
@@ -243,6 +248,73 @@ class SharedPortTests(SynchronousTestCase):
         (protocol,) = self.factory.made
         self.assertEqual(protocol.transport.getPeer().port, peer.getsockname()[1])
         protocol.transport.connectionLost(Failure(ConnectionDone()))
+
+    def test_the_system_stays_full(self) -> None:
+        """However often there is no room that is logged once a minute, with how it is."""
+        log = log_of(self, "accept")
+        self.connect()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free_fd(), limits[1]))
+        for _ in range(5):
+            self.port.doRead()
+            self.reactor.advance(NO_ROOM_PAUSE_SECONDS)
+        told = "error: no connection can be accepted: Too many open files"
+        self.assertEqual(log, [told])
+        self.reactor.advance(60)
+        self.port.doRead()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        self.assertEqual(log, [told, told])
+
+    def test_alone(self) -> None:
+        """Where there is no sibling to leave it to, it never pauses."""
+        self.port.close()
+        self.port = self.new_port(is_alone=True)
+        for _ in range(10 * FREE_ACCEPTS):
+            self.accept()
+            self.assertTrue(self.is_accepting)
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
+
+    def test_where_they_come_from(self) -> None:
+        """Who makes the protocol is told the peer's address."""
+        peer = self.connect()
+        self.accept()
+        self.assertEqual(self.factory.addresses[0], IPv4Address("TCP", *peer.getsockname()))
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
+            port = SharedPort(listening.fileno(), self.factory, self.reactor)
+            self.addCleanup(port.close)
+            with socket.create_connection(listening.getsockname()[:2]) as other:
+                port.doRead()
+                self.assertEqual(
+                    self.factory.addresses[1], IPv6Address("TCP", *other.getsockname())
+                )
+        self.addCleanup(self.factory.made[1].transport.connectionLost, Failure(ConnectionDone()))
+
+    def test_over_tls(self) -> None:
+        """Where TLS is spoken it stands between the socket and the protocol, which is told all."""
+        wrapped: list[Any] = []
+
+        def wrap(protocol: Any) -> ProtocolWrapper:
+            wrapped.append(protocol)
+            return ProtocolWrapper(WrappingFactory(Factory()), protocol)
+
+        self.port.close()
+        self.port = self.new_port(wrap=wrap)
+        peer = self.connect()
+        self.port.doRead()
+        (protocol,) = self.factory.made
+        self.assertEqual((wrapped, protocol.came_from), ([protocol], ["accepted"]))
+        self.assertIsInstance(protocol.transport, ProtocolWrapper)
+        server: Any = protocol.transport.transport
+        self.assertIsInstance(server, EagerServer)
+        peer.sendall(b"hello")
+        server.doRead()
+        self.assertEqual(protocol.data, b"hello")
+        self.port.adopt(self.moving()[0], b" ")
+        self.assertIsInstance(self.factory.made[1].transport, EagerServer)
+        self.assertEqual(wrapped, [protocol])
+        for transport in (server, self.factory.made[1].transport):
+            transport.connectionLost(Failure(ConnectionDone()))
 
     def test_stepping_back(self) -> None:
         """Who steps back is registered anew, behind the others."""
@@ -366,6 +438,84 @@ class SharedPortTests(SynchronousTestCase):
         self.port.close()
         self.port.close()
         self.assertFalse(self.is_accepting)
+
+
+class UnixTests(SynchronousTestCase):
+    """Connections over a Unix socket."""
+
+    def setUp(self) -> None:
+        self.directory = temporary_directory(self)
+        path = str(self.directory / "socket")
+        self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.addCleanup(self.listening.close)
+        self.listening.bind(path)
+        self.listening.listen()
+        self.listening.setblocking(False)
+        self.peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.addCleanup(self.peer.close)
+        self.reactor = WatchedReactor()
+        self.factory = CountingFactory()
+        self.port = SharedPort(self.listening.fileno(), self.factory, self.reactor)
+        self.addCleanup(self.port.close)
+
+    def accept(self) -> GuestProtocol:
+        """Connect and have it accepted."""
+        self.peer.connect(self.listening.getsockname())
+        self.port.doRead()
+        (protocol,) = self.factory.made
+        self.addCleanup(protocol.transport.connectionLost, Failure(ConnectionDone()))
+        return protocol
+
+    def test_it_accepts(self) -> None:
+        """A connection is accepted, and both ends hear each other."""
+        protocol = self.accept()
+        self.assertEqual(protocol.came_from, ["accepted"])
+        self.peer.sendall(b"hello")
+        protocol.transport.doRead()
+        self.assertEqual(protocol.data, b"hello")
+        protocol.transport.write(b"welcome")
+        self.assertEqual(self.peer.recv(100), b"welcome")
+        self.assertIsInstance(self.factory.addresses[0], UNIXAddress)
+
+    def test_a_peer_with_a_name(self) -> None:
+        """A peer may have bound its end to a file or a name, of whatever length."""
+        for name in (str(self.directory / "x"), b"\0taskd-" + os.urandom(8).hex().encode()):
+            self.factory.made.clear()
+            self.peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.addCleanup(self.peer.close)
+            self.peer.bind(name)
+            protocol = self.accept()
+            self.assertIsNotNone(protocol.transport.getPeer())
+            self.assertIn("GuestProtocol", repr(protocol.transport))
+            self.peer.sendall(b"hello")
+            protocol.transport.doRead()
+            self.assertEqual(protocol.data, b"hello")
+
+    def test_descriptors_that_are_sent_along(self) -> None:
+        """File descriptors that a peer sends along are taken by nobody."""
+        protocol = self.accept()
+        reading, writing = os.pipe()
+        before = os.listdir("/proc/self/fd")
+        for _ in range(3):
+            socket.send_fds(self.peer, [b"hello"], [writing] * 10)
+            protocol.transport.doRead()
+        self.assertEqual(protocol.data, b"hello" * 3)
+        self.assertEqual(os.listdir("/proc/self/fd"), before)
+        os.close(writing)
+        with open(reading, "rb") as pipe:  # nobody else has its other end
+            self.assertEqual(pipe.read(), b"")
+
+    def test_adopting(self) -> None:
+        """A connection over a Unix socket goes on in another process like any other."""
+        self.peer.connect(self.listening.getsockname())
+        accepted, _ = self.listening.accept()
+        self.port.adopt(accepted.detach(), b" hel")
+        (protocol,) = self.factory.made
+        self.addCleanup(protocol.transport.connectionLost, Failure(ConnectionDone()))
+        self.assertEqual(protocol.came_from, [b" hel"])
+        self.peer.sendall(b"lo")
+        protocol.transport.doRead()
+        self.assertEqual(protocol.data, b"lo")
 
 
 @implementer(IHalfCloseableProtocol)
@@ -665,7 +815,9 @@ class WholeWayTests(SharingReactorTestCase):
         self.peer.sendall(line_of("long"))
         self.turn_until(lambda: self.daemon.slot.status(0.0)["done"])
         self.daemon.factory.drain()
-        self.assertEqual(len(self.read_to_the_end()), LONG + 3)
+        reply, goodbye = self.read_to_the_end().splitlines()
+        self.assertEqual(len(reply), LONG + 2)
+        self.assertIn(b"shutting-down", goodbye)
 
     def test_a_long_reply_to_a_half_closed_connection(self) -> None:
         """A long reply to a caller that has closed its sending side arrives whole."""

@@ -8,9 +8,18 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.call import Call, task_failed
-from taskd.errors import Cancelled, NotJson
+from taskd.errors import (
+    CallError,
+    Cancelled,
+    InternalError,
+    NotJson,
+    Overloaded,
+    TimeLimitExceeded,
+    WorkerLost,
+)
 from taskd.functions import Function, Kind
 from taskd.wire import NO_TERMS, encode_error
+from tests.support import log_of
 
 
 def nothing() -> None:
@@ -90,6 +99,36 @@ class CallTests(SynchronousTestCase):
         self.call.timer = clock.callLater(5, self.call.fail, Cancelled("too late"))
         clock.advance(5)
         self.assertEqual(self.ended, [self.call])
+
+
+class LogTests(SynchronousTestCase):
+    def logged(self, error: CallError) -> list[str]:
+        """Give what is logged of a call that fails, and then once more."""
+        log = log_of(self, "call")
+        call = Call(Function("f", nothing, Kind.THREAD), [], {}, "", NO_TERMS, id, None)
+        call.fail(error)
+        call.fail(error)
+        return log
+
+    def test_failures(self) -> None:
+        """That a call has failed without its task's doing is logged once, as loud as it is bad."""
+        for error, level in (
+            (Cancelled("{x}"), "info"),
+            (TimeLimitExceeded("{x}"), "warn"),
+            (WorkerLost("{x}"), "warn"),
+            (InternalError("{x}"), "error"),
+        ):
+            self.assertEqual(self.logged(error), [f"{level}: {{x}}"])
+
+    def test_what_is_not_logged(self) -> None:
+        """What callers can bring about without end is not logged for each call."""
+        self.assertEqual(self.logged(Overloaded("full", retry_after=1.0)), [])
+
+    def test_an_ordinary_end(self) -> None:
+        """A call that ends in a reply leaves no line."""
+        log = log_of(self, "call")
+        Call(Function("f", nothing, Kind.THREAD), [], {}, "", NO_TERMS, id, None).end(b"1\n")
+        self.assertEqual(log, [])
 
 
 class Unspeakable(Exception):

@@ -18,6 +18,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from taskd import errors
+from taskd.balance import MOST_SENDS
 from taskd.client import TaskClient, TaskClientFactory, TaskClientProtocol, call_once
 from taskd.errors import (
     BadArguments,
@@ -52,6 +53,7 @@ _HALF = 0.5
 """What the dice show, always: so the delays are 0.05 s, 0.1 s, 0.2 s and so on."""
 
 _DEAD = ConnectError(string="nobody listens there")
+_GOODBYE = {"code": "shutting-down", "message": "goodbye", "retryable": True}
 
 
 _NO_TLS = SSL.Error([("SSL routines", "", "wrong version number")])
@@ -232,8 +234,6 @@ class ReplyTests(ClientTestCase):
         self.assertEqual((failed.type, failed.traceback), ("ValueError", "line 1"))
         self.assertEqual(self.failed(code="overloaded", retry_after=1.5).retry_after, 1.5)
         self.assertTrue(self.failed(code="worker-lost").may_have_started)
-        lost = self.failed(code="worker-lost", may_have_started=False)
-        self.assertFalse(lost.may_have_started)
 
     def test_an_unknown_code(self) -> None:
         """A code of a later version is an internal error that names it."""
@@ -316,17 +316,121 @@ class LossTests(ClientTestCase):
         self.failureResultOf(called, WorkerLost)
 
     def test_an_error_for_the_whole_connection(self) -> None:
-        """An error without an id is the oldest unanswered call's; those behind it never began."""
-        before, culprit, behind = (self.client.call("f") for _ in range(3))
+        """
+        An error without an id is the oldest unanswered call's.
+
+        Those behind it never began, and are sent again.
+        """
+        before, culprit = self.client.call("f"), self.client.call("f")
+        behind = self.client.call("behind")
         numbers = [request["id"] for request in self.daemon.requests[1:]]
         self.daemon.send(error={"code": "line-too-long", "message": "1 MiB at most"})
         self.daemon.send(id=numbers[0], result="answered")
         self.daemon.hang_up()
         self.assertEqual(self.successResultOf(before), "answered")
         self.failureResultOf(culprit, errors.LineTooLong)
-        failure = self.failureResultOf(behind, ConnectionLost)
-        self.assertFalse(failure.value.may_have_started)
-        self.assertIn("1 MiB at most", failure.value.message)
+        self.assertNoResult(behind)
+        names = [request["function"] for request in self.endpoint.accept().requests]
+        self.assertEqual(names, ["behind"])
+
+    def test_what_never_began(self) -> None:
+        """A call whose worker was lost before it began is sent again, but not for ever."""
+        called = self.client.call("f")
+        for sends in range(1, MOST_SENDS + 1):
+            self.assertNoResult(called)
+            self.assertEqual(len(self.daemon.requests), 1 + sends)
+            error = {"code": "worker-lost", "message": "", "may_have_started": False}
+            self.daemon.send(id=self.daemon.requests[-1]["id"], error=error)
+        self.assertFalse(self.failureResultOf(called, WorkerLost).value.may_have_started)
+
+    def test_goodbye(self) -> None:
+        """What a daemon that says goodbye has not answered is sent again, with what is left."""
+        answered, called = self.client.call("f"), self.client.call("g", timeout=5)
+        self.loop.advance(2)
+        self.daemon.send(id=self.daemon.requests[1]["id"], result="done")
+        self.daemon.send(error=_GOODBYE)
+        later = self.client.call("h")
+        self.assertEqual(len(self.daemon.requests), 3)
+        self.assertEqual(self.successResultOf(answered), "done")
+        daemon = self.endpoint.accept()
+        self.daemon.hang_up()
+        self.assertEqual([request["function"] for request in daemon.requests], ["h", "g"])
+        self.assertEqual(daemon.requests[1]["timeout"], 3)
+        for request, called_ in zip(daemon.requests, (later, called), strict=True):
+            daemon.send(id=request["id"], result=request["function"])
+            self.assertEqual(self.successResultOf(called_), request["function"])
+        self.assertNothingIsLeft()
+
+    def test_goodbye_and_no_return(self) -> None:
+        """A call that a goodbye has kept from being run fails in time if the daemon stays away."""
+        called = self.client.call("f")
+        self.daemon.send(error=_GOODBYE)
+        self.daemon.hang_up()
+        self.endpoint.refuse(_DEAD)
+        self.loop.advance(10)
+        self.failureResultOf(called, ConnectFailed)
+        self.successResultOf(self.client.close())
+        self.assertNothingIsLeft()
+
+    def test_an_idempotent_call(self) -> None:
+        """A call that may be run twice is sent once more after a loss, and not twice."""
+        called = self.client.call_with("f", idempotent=True)
+        self.daemon.hang_up()
+        self.assertNoResult(called)
+        self.endpoint.accept().hang_up()
+        self.assertTrue(self.failureResultOf(called, ConnectionLost).value.may_have_started)
+
+    def test_an_idempotent_call_that_was_perhaps_run(self) -> None:
+        """A call that was lost is told of as such, though its second sending came to nothing."""
+        called = self.client.call_with("f", idempotent=True)
+        self.daemon.hang_up()
+        self.endpoint.refuse(_DEAD)
+        self.loop.advance(10)
+        self.assertTrue(self.failureResultOf(called, ConnectionLost).value.may_have_started)
+
+    def test_an_idempotent_call_without_time(self) -> None:
+        """A call whose time is over is not sent again."""
+        called = self.client.call_with("f", idempotent=True, timeout=5)
+        self.loop.advance(5.1)
+        self.daemon.hang_up()
+        self.failureResultOf(called, ConnectionLost)
+        self.assertNothingIsLeft()
+
+    def test_cancelled_before_the_second_sending(self) -> None:
+        """A call that is cancelled while it waits to be sent again is sent no more."""
+        called = self.client.call_with("f", idempotent=True)
+        self.daemon.hang_up()
+        called.cancel()
+        self.failureResultOf(called, CancelledError)
+        self.assertEqual(self.endpoint.accept().requests, [])
+        self.assertNothingIsLeft()
+
+    def test_cancelled_after_the_second_sending(self) -> None:
+        """A call that was sent again is cancelled where it is."""
+        called = self.client.call_with("f", idempotent=True)
+        self.daemon.hang_up()
+        daemon = self.endpoint.accept()
+        called.cancel()
+        self.failureResultOf(called, CancelledError)
+        self.assertEqual([r["function"] for r in daemon.requests], ["f", "taskd.cancel"])
+
+    def test_closed_before_the_second_sending(self) -> None:
+        """Closing waits for a call that is being sent again."""
+        called = self.client.call_with("f", idempotent=True)
+        closed = self.client.close()
+        self.daemon.hang_up()
+        self.assertNoResult(closed)
+        daemon = self.endpoint.accept()
+        daemon.send(id=daemon.requests[0]["id"], result="done")
+        self.assertEqual(self.successResultOf(called), "done")
+        daemon.hang_up()
+        self.successResultOf(closed)
+        self.assertNothingIsLeft()
+
+    def test_idempotent_or_not(self) -> None:
+        """What is neither idempotent nor not is refused."""
+        called = self.client.call_with("f", idempotent=1)  # type: ignore[arg-type]
+        self.failureResultOf(called, ValueError)
 
     def test_a_reply_without_an_end(self) -> None:
         """A reply that is longer than any may be ends the connection, and the calls on it."""
@@ -1017,10 +1121,23 @@ class TlsEndTests(TlsTestCase):
 
     def test_a_close(self) -> None:
         """What a daemon that closes in order did not answer, it did not start."""
-        for answered in (False, True):
-            error = self.lost(ConnectionDone(), answered=answered)
-            self.assertIs(type(error), ConnectionLost)
-            self.assertFalse(error.may_have_started)
+        connection = TaskClientFactory(self.loop).buildProtocol(None)
+        daemon = TlsDaemon(connection)
+        daemon.shake_hands()
+        called = connection.call("f", [])
+        daemon.hang_up(ConnectionDone())
+        self.assertFalse(self.failureResultOf(called, ConnectionLost).value.may_have_started)
+
+    def test_a_call_after_a_close(self) -> None:
+        """What a daemon that closes in order did not answer is sent again."""
+        daemon = self.connected()
+        called = self.client.call("f")
+        daemon.hang_up(ConnectionDone())
+        again = self.endpoint.accept()
+        again.shake_hands()
+        again.send(id=again.requests[0]["id"], result="run")
+        self.assertEqual(self.successResultOf(called), "run")
+        self.assertNothingIsLeft()
 
     def test_a_loss(self) -> None:
         """What was in flight as the connection broke may have been started."""

@@ -343,13 +343,13 @@ class StuckTests(ExecutorTestCase):
         super().setUp()
         self.pool = self.executor.pool = FakePool()
         self.gate = Gate(self)
-        self.warnings: list[str] = []
+        self.warnings: list[dict[str, Any]] = []
         globalLogPublisher.addObserver(self.observe)
         self.addCleanup(globalLogPublisher.removeObserver, self.observe)
 
     def observe(self, event: Any) -> None:
-        if event.get("log_level") is LogLevel.warn:
-            self.warnings.append(formatEvent(event))
+        if event.get("log_level") is LogLevel.warn and "traceback" in event:
+            self.warnings.append(event)
 
     def test_one_that_goes_on(self) -> None:
         """A thread that goes on after its call's limit is lost: the log shows where it stands."""
@@ -363,8 +363,17 @@ class StuckTests(ExecutorTestCase):
         self.assertEqual(self.pool.told, ["stuck"])
         self.assertTrue(self.executor.lane.is_retired)
         (warning,) = self.warnings
-        self.assertTrue(warning.startswith("hold was given up and goes on:\n"))
-        self.assertIn("self._open.wait(PATIENCE)", warning)
+        self.assertEqual(formatEvent(warning), "hold was given up and goes on")
+        self.assertIn("self._open.wait(PATIENCE)", warning["traceback"])
+
+    def test_what_the_log_says_of_it(self) -> None:
+        """The log says whose call it is whose task goes on."""
+        self.start(self.gate.hold, timeout=5)
+        self.gate.wait_until_begun()
+        self.loop.advance(5)
+        self.loop.advance(0.02)
+        (warning,) = self.warnings
+        self.assertEqual((warning["function"], warning["id"]), ("hold", "1"))
 
     def test_one_that_was_cancelled(self) -> None:
         """The same is so for a call that is cancelled."""

@@ -94,6 +94,20 @@ class ChildTests(SynchronousTestCase):
         )
         self.assertEqual(shown, [[True, True], False])
 
+    def test_strays(self) -> None:
+        """From the first time on, strays are reaped again and again, by one timer."""
+        shown = run(
+            "from twisted.internet.task import Clock\nclock = Clock()\n"
+            "def child():\n    pid = os.fork()\n    if pid == 0: os._exit(3)\n"
+            "    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)\n"
+            "def any_left():\n    try: return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)\n"
+            "    except ChildProcessError: return False\n"
+            "strays = Strays(clock, set)\n"
+            "child(); strays.reap(); strays.reap(); show(any_left())\n"
+            "child(); clock.advance(5); show(any_left()); show(len(clock.getDelayedCalls()))"
+        )
+        self.assertEqual(shown, [False, False, 1])
+
     def test_a_child_that_runs(self) -> None:
         """A child that has not ended, and having none at all, are no reason to wait."""
         shown = run(

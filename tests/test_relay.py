@@ -20,7 +20,7 @@ from taskd.link import Offer
 from taskd.relay import Relay
 from taskd.scoreboard import Scoreboard
 from taskd.wire import NO_TERMS, Terms
-from tests.support import Loop, registry_of
+from tests.support import Loop, log_of, registry_of
 
 
 class SteppedExecutor(Executor):
@@ -51,6 +51,7 @@ class SteppedExecutor(Executor):
 
 class RelayTestCase(SynchronousTestCase):
     threads = 1
+    is_verbose = False
 
     def setUp(self) -> None:
         fd = Scoreboard.create(2)
@@ -68,7 +69,14 @@ class RelayTestCase(SynchronousTestCase):
         self.registry = registry_of(*self.functions())
         self.told: list[bytes] = []
         self.heard: list[str] = []
-        self.relay = Relay(self.registry, self.executor, self.scoreboard, self.told.append)
+        self.relay = Relay(
+            self.registry,
+            self.executor,
+            self.scoreboard,
+            self.told.append,
+            is_verbose=self.is_verbose,
+            clock=self.loop.seconds,
+        )
         for name in ("filled", "freed", "stuck", "quiet"):
             setattr(self.relay, f"on_{name}", lambda name=name: self.heard.append(name))
         self.replies: list[Any] = []
@@ -518,3 +526,49 @@ class StuckTests(RelayTestCase):
         self.loop.advance(1)
         self.assertEqual(self.heard, ["stuck"])
         self.assertTrue(self.executor.lane.is_retired)
+
+
+class LogTests(RelayTestCase):
+    """What the log says of calls that go to others."""
+
+    is_verbose = True
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.log = log_of(self, "relay")
+
+    def refuse(self) -> None:
+        """Hand a call over, and have it refused."""
+        self.relay.take([self.call()])
+        ticket = int(self.told[-1].split(b" ")[1])
+        self.relay.readers[b"failed"](
+            b'%d {"code":"overloaded","message":"full","retry_after":1}' % ticket
+        )
+
+    def test_a_hand_over(self) -> None:
+        """Each call that is handed over is told, where that is wanted."""
+        self.relay.take([self.call()])
+        self.assertEqual(self.log, ["debug: work is handed over"])
+
+    def test_a_full_queue(self) -> None:
+        """That calls are refused is told once a minute, and how many were."""
+        for _ in range(3):
+            self.refuse()
+        self.loop.advance(61)
+        self.refuse()
+        told = [line for line in self.log if not line.startswith("debug")]
+        self.assertEqual(
+            told,
+            [
+                "warn: the queue is full: work was refused",
+                "warn: the queue is full: work was refused (2 more were not logged)",
+            ],
+        )
+
+
+class QuietLogTests(RelayTestCase):
+    def test_a_hand_over(self) -> None:
+        """Where it is not wanted, nothing is logged of what is handed over."""
+        log = log_of(self, "relay")
+        self.relay.take([self.call()])
+        self.assertEqual(log, [])

@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.functions import Function, Kind
 from taskd.scoreboard import SPARE_SLOTS, Scoreboard
-from taskd.slots import NAME_BYTES, Slot, SupervisorSlot
+from taskd.slots import CALLERS_BYTES, NAME_BYTES, Slot, SupervisorSlot
 from taskd.states import Cause, State
 
 examples = settings(max_examples=100, deadline=None)
@@ -121,6 +121,36 @@ class ScoreboardTests(SynchronousTestCase):
             [after["totals"][name] for name in COUNTS], [before["totals"][name] for name in COUNTS]
         )
 
+    def test_figures(self) -> None:
+        """The figures are the same as those of the totals, and what waits."""
+        for number in (1, 2, 3, 4, 5):
+            slot = self.board.slot(number)
+            slot.open(number, 1.0)
+            slot.leave(number > 2, 0.1)
+            if number > 1:
+                slot.ready()
+        self.board.slot(2).take(label("f"), 2.0)
+        self.board.slot(3).drain()
+        self.board.slot(4).close()
+        self.board.supervisor_slot().open(99, 1.0)
+        self.board.supervisor_slot().show_waiting(7)
+        figures = self.board.figures()
+        self.assertEqual(
+            figures,
+            {
+                "starting": 1,
+                "idle": 1,
+                "busy": 1,
+                "draining": 1,
+                "waiting": 7,
+                "done": 2,
+                "failed": 3,
+            },
+        )
+        totals = self.board.status(3.0)["totals"]
+        told = {**totals["workers"], **{name: totals[name] for name in ("done", "failed")}}
+        self.assertEqual(told, {name: figures[name] for name in told})
+
     def test_totals(self) -> None:
         """The totals are the sums over all workers, and the workers counted by their state."""
         for number in (1, 2):
@@ -135,6 +165,16 @@ class ScoreboardTests(SynchronousTestCase):
         self.assertEqual([totals[name] for name in COUNTS], [1, 3, 2, 1, 1])
         states = {"starting": 0, "idle": 1, "busy": 1, "draining": 0}
         self.assertEqual(totals["workers"], states)
+
+    def test_callers_are_summed_up(self) -> None:
+        """The totals tell how many connections each identity has at all workers together."""
+        for number, callers in ((1, '{"web": 2, "ops": 1}'), (2, '{"web": 1, "…": 3}'), (3, "")):
+            slot = self.board.slot(number)
+            slot.open(number, 1.0)
+            slot.show_callers(callers)
+        self.assertEqual(self.board.status(2.0)["totals"]["callers"], {"web": 3, "ops": 1, "…": 3})
+        self.assertEqual(self.worker(1)["callers"], {"web": 2, "ops": 1})
+        self.assertEqual(self.worker(3)["callers"], {})
 
     def test_totals_of_those_who_are_no_more(self) -> None:
         """What workers have counted that are no more stays in the totals."""
@@ -425,6 +465,33 @@ class SlotTests(SynchronousTestCase):
         self.slot.disconnected(1)
         self.slot.connected(2)
         self.assertEqual(self.status("connections", "accepted"), [2, 3])
+
+    def test_callers(self) -> None:
+        """The slot shows whose connections these are, up to its last byte, and beside the task."""
+        self.slot.begin(label("f"), 11.0)
+        self.assertEqual(self.slot.callers, {})
+        full = json.dumps({"x" * (CALLERS_BYTES - 8): 12})
+        self.assertEqual(len(full), CALLERS_BYTES)
+        for shown in ('{"web": 1}', full, '{"ops": 2}'):
+            self.slot.show_callers(shown)
+            self.assertEqual(self.status("callers", "task"), [json.loads(shown), "f"])
+        self.slot.show_callers("")
+        self.assertEqual(self.slot.callers, {})
+
+    def test_callers_that_do_not_fit(self) -> None:
+        """Of what has no room, or is half written, nothing is shown."""
+        self.slot.show_callers('{"web": 1}')
+        self.slot.show_callers(json.dumps({"x" * (CALLERS_BYTES - 7): 12}))
+        self.assertEqual(self.slot.callers, {})
+        self.slot.show_callers('{"web": 1, "o')
+        self.assertEqual(self.slot.callers, {})
+
+    def test_nobodys_callers(self) -> None:
+        """A slot whose process has gone shows no callers, nor does its successor's."""
+        for step in (self.slot.close, lambda: self.slot.open(4712, 15.0)):
+            self.slot.show_callers('{"web": 1}')
+            step()
+            self.assertEqual(self.slot.callers, {})
 
     def test_a_successor(self) -> None:
         """A new process in the slot keeps what was counted, and inherits no task or connection."""

@@ -5,15 +5,62 @@ from __future__ import annotations
 from threading import Event
 from typing import Any
 
+from OpenSSL import SSL
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import connectionDone
 from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
+from taskd.access import Access, digest_of
 from taskd.errors import WorkerLost
 from taskd.functions import Function, Kind, progress, task
-from tests.support import PATIENCE, FakePool, MemoryDaemon, MemoryTransport, line_of
+from taskd.server import TaskProtocol
+from tests.support import PATIENCE, FakePool, MemoryDaemon, MemoryTransport, line_of, log_of
+
+
+class SecureTransport(MemoryTransport):
+    """
+    A TLS connection, as its protocol sees it.
+
+    Attributes:
+        peer_identity: Whom the peer's certificate stands for.
+    """
+
+    is_secure = True
+    give_away = None  # type: ignore[assignment]
+    loseWriteConnection = None  # type: ignore[assignment]
+    peer_identity = ""
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self.unsent_bytes)
+
+    def pauseProducing(self) -> None:
+        """Read no more; it makes no difference to one that ends."""
+        if not self.disconnecting:
+            super().pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """Read again; as above."""
+        if not self.disconnecting:
+            super().resumeProducing()
+
+
+def connect_securely(
+    daemon: MemoryDaemon, identity: str | None = ""
+) -> tuple[TaskProtocol, SecureTransport]:
+    """Open a TLS connection; an identity of None: its handshake is not complete yet."""
+    protocol = daemon.factory.buildProtocol(None)
+    transport = SecureTransport(protocol)
+    protocol.makeConnection(transport)
+    protocol.accepted()
+    if identity is not None:
+        transport.peer_identity = identity
+        protocol.handshakeCompleted()
+    return protocol, transport
 
 
 @task(blocking=False)
@@ -211,7 +258,7 @@ class HalfCloseTests(ServerTestCase):
         """A peer that was hung up on and ends, be it in a line, is closed without lingering."""
         for rest in (b"", b"an unfinished body"):
             self.protocol, self.transport = self.daemon.connect()
-            self.protocol.dataReceived(b"POST / HTTP/1.1\n" + rest)
+            self.protocol.dataReceived(b"rubbish\n" + rest)
             self.end_sending()
             self.assertEqual(len(self.transport.messages), 1)
             self.assertClosed()
@@ -321,14 +368,30 @@ class SilenceTests(ServerTestCase):
         self.assertEqual(len(self.transport.messages), 1)
 
     def test_a_first_line(self) -> None:
-        """A connection that has sent a line, a keep-alive even, may be silent from then on."""
-        other, others = self.daemon.connect()
+        """A connection that has sent a request may be silent from then on."""
         self.protocol.dataReceived(line_of("echo"))
-        other.dataReceived(b"\n")
         self.sweep_after(86400)
-        for transport in (self.transport, others):
-            self.assertFalse(transport.is_half_closed)
-            self.assertFalse(transport.disconnecting)
+        self.assertFalse(self.transport.is_half_closed)
+        self.assertFalse(self.transport.disconnecting)
+
+    def test_empty_lines(self) -> None:
+        """Empty lines are no first request, however they come."""
+        for chunks in ([b"\n"], [b"\r\n"], [b"\r", b"\n"], [b"\r\n\r", b"\r", b"\n\n"]):
+            protocol, transport = self.daemon.connect()
+            for chunk in chunks:
+                protocol.dataReceived(chunk)
+            self.sweep_after(30.1)
+            self.assertTrue(transport.is_half_closed, chunks)
+
+    def test_empty_lines_before_a_request(self) -> None:
+        """A first request may have empty lines before it, and may come in pieces."""
+        asked = b"\n\r\n" + line_of("echo", 1)
+        for cut in range(len(asked) + 1):
+            protocol, transport = self.daemon.connect()
+            protocol.dataReceived(asked[:cut])
+            protocol.dataReceived(asked[cut:])
+            self.sweep_after(30.1)
+            self.assertEqual((transport.messages, transport.is_half_closed), ([1], False), cut)
 
     def test_each_has_its_own_time(self) -> None:
         """Each connection is given its time from its own coming."""
@@ -397,6 +460,15 @@ class IdlenessTests(ServerTestCase):
             self.protocol.dataReceived(line)
         self.sweep_after(9)
         self.assertFalse(self.transport.disconnecting)
+        self.sweep_after(1.1)
+        self.assertTrue(self.transport.disconnecting)
+
+    def test_bytes_do_not_count(self) -> None:
+        """Bytes without the end of a line give it no time, however often they come."""
+        for _ in range(3):
+            self.protocol.dataReceived(b" ")
+            self.sweep_after(3)
+        self.protocol.dataReceived(b" ")
         self.sweep_after(1.1)
         self.assertTrue(self.transport.disconnecting)
 
@@ -533,11 +605,17 @@ class MoveTests(ServerTestCase):
         super().setUp()
         self.moved: list[tuple[Any, bytes]] = []
         self.takes = True
-        self.protocol.dataReceived(b"\n")
+        self.ask_once(self.protocol, self.transport)
 
-    def move(self, socket: Any, unread: bytes) -> bool:
+    def ask_once(self, protocol: TaskProtocol, transport: MemoryTransport) -> None:
+        """Have a first request come, and be answered."""
+        protocol.dataReceived(line_of("echo", "first"))
+        transport.clear()
+        transport.writes.clear()
+
+    def move(self, socket: Any, luggage: bytes) -> bool:
         if self.takes:
-            self.moved.append((socket, unread))
+            self.moved.append((socket, luggage))
         return self.takes
 
     def pass_on(self) -> None:
@@ -546,9 +624,9 @@ class MoveTests(ServerTestCase):
     def test_nothing_is_owed(self) -> None:
         """Connections that are owed nothing go at once, and their peers notice nothing."""
         protocol, other = self.daemon.connect()
-        protocol.dataReceived(b"\n")
+        self.ask_once(protocol, other)
         self.pass_on()
-        self.assertCountEqual(self.moved, [(self.transport, b""), (other, b"")])
+        self.assertCountEqual(self.moved, [(self.transport, b" "), (other, b" ")])
         self.assertEqual(self.daemon.factory.open_connections, 0)
         for transport in (self.transport, other):
             self.assertFalse(transport.disconnecting)
@@ -559,15 +637,17 @@ class MoveTests(ServerTestCase):
         """A connection stays, with the time that it has for its first line, until that comes."""
         protocol, transport = self.daemon.connect()
         self.pass_on()
-        self.assertNotIn((transport, b""), self.moved)
-        protocol.dataReceived(b'\n{"func')
-        self.assertIn((transport, b'\n{"func'), self.moved)
+        protocol.dataReceived(b"\n")
+        self.assertEqual([moved for moved, _ in self.moved], [self.transport])
+        protocol.hold_still(True)
+        protocol.dataReceived(line_of("echo", 1) + b'{"func')
+        self.assertIn((transport, b" \n" + line_of("echo", 1) + b'{"func'), self.moved)
 
     def test_what_was_read_goes_with_it(self) -> None:
         """The beginning of a line that has come goes with the connection."""
         self.protocol.dataReceived(line_of("echo", 1) + b'{"func')
         self.pass_on()
-        self.assertEqual(self.moved, [(self.transport, b'{"func')])
+        self.assertEqual(self.moved, [(self.transport, b' {"func')])
         self.assertEqual(self.transport.messages, [1])
 
     def test_a_reply_is_owed(self) -> None:
@@ -577,7 +657,7 @@ class MoveTests(ServerTestCase):
         self.late[1].callback("b")
         self.assertEqual(self.moved, [])
         self.late[0].callback("a")
-        self.assertEqual(self.moved, [(self.transport, b"")])
+        self.assertEqual(self.moved, [(self.transport, b" ")])
         self.assertEqual(self.transport.messages, [{"id": 1, "result": "b"}, "a"])
 
     def test_a_batch_from_a_thread(self) -> None:
@@ -597,7 +677,7 @@ class MoveTests(ServerTestCase):
         self.pass_on()
         go_on.set()
         self.daemon.loop.run_until(lambda: self.moved)
-        self.assertEqual(self.moved, [(transport, b"")])
+        self.assertEqual(self.moved, [(transport, b" ")])
         self.assertEqual(transport.messages, ["held"])
 
     def test_no_room_on_the_way(self) -> None:
@@ -607,7 +687,7 @@ class MoveTests(ServerTestCase):
         self.assertEqual(self.daemon.factory.open_connections, 1)
         self.takes = True
         self.daemon.loop.pump([0.05, 0.1])
-        self.assertEqual(self.moved, [(self.transport, b"")])
+        self.assertEqual(self.moved, [(self.transport, b" ")])
 
     def test_a_peer_that_has_not_read(self) -> None:
         """A connection of which something is unsent does not go until it is sent."""
@@ -634,13 +714,37 @@ class MoveTests(ServerTestCase):
         self.daemon.loop.pump([0.05, 0.1])
         self.assertEqual(self.moved, [])
 
-    def test_a_transport_that_cannot_be_given_away(self) -> None:
-        """A connection that cannot be given away, such as TLS, stays."""
-        protocol, transport = self.daemon.factory.buildProtocol(None), StringTransport()
-        protocol.makeConnection(transport)
+    def test_tls(self) -> None:
+        """A TLS connection stays, and is hung up on when it is owed nothing."""
+        pool = self.daemon.executor.pool = FakePool()
         self.lose()
+        idle, idles = connect_securely(self.daemon)
+        self.ask_once(idle, idles)
+        busy, transport = connect_securely(self.daemon)
+        busy.dataReceived(line_of("later"))
+        _, silent = connect_securely(self.daemon)
         self.pass_on()
-        self.assertEqual((self.moved, self.daemon.factory.open_connections), ([], 1))
+        self.assertTrue(idles.disconnecting)
+        self.assertFalse(transport.disconnecting)
+        self.daemon.loop.advance(0.05)
+        busy.dataReceived(line_of("echo", 1))
+        self.late[0].callback("late")
+        self.assertFalse(transport.disconnecting)
+        pool.taken[0].end(b"1\n")
+        self.assertTrue(transport.disconnecting)
+        self.assertEqual((idles.messages, transport.messages), ([], ["late", 1]))
+        self.assertEqual((self.moved, silent.disconnecting), ([], False))
+
+    def test_what_is_unread_over_tls(self) -> None:
+        """What a TLS peer sends while it is held still is not run, as its goodbye tells it."""
+        protocol, transport = connect_securely(self.daemon)
+        protocol.dataReceived(line_of("later"))
+        self.pass_on()
+        protocol.dataReceived(line_of("later"))
+        self.late[0].callback("late")
+        self.assertTrue(transport.disconnecting)
+        self.daemon.loop.advance(0.05)
+        self.assertEqual((transport.messages, len(self.late)), (["late"], 1))
 
     def test_who_always_asks_for_more_is_held_still(self) -> None:
         """A connection that stays busy is not read from for a moment, again and again, less so."""
@@ -697,13 +801,13 @@ class MoveTests(ServerTestCase):
         self.takes = True
         self.protocol.dataReceived(line_of("echo") * 3 + b'{"func')
         self.assertEqual(self.transport.messages, [1, 1, 1])
-        self.assertEqual(self.moved, [(self.transport, b'{"func')])
+        self.assertEqual(self.moved, [(self.transport, b' {"func')])
 
     def test_an_adopted_connection(self) -> None:
         """A connection that came from another worker goes on with what was read there."""
         protocol, transport = self.daemon.factory.buildProtocol(None), MemoryTransport()
         protocol.makeConnection(transport)
-        protocol.adopted(line_of("echo", 1) + b'{"function":')
+        protocol.adopted(b" " + line_of("echo", 1) + b'{"function":')
         protocol.dataReceived(b'"echo","args":[2]}\n')
         self.assertEqual(transport.messages, [1, 2])
 
@@ -713,7 +817,7 @@ class MoveTests(ServerTestCase):
         self.daemon.connect()
         protocol, transport = self.daemon.factory.buildProtocol(None), MemoryTransport()
         protocol.makeConnection(transport)
-        protocol.adopted(b"")
+        protocol.adopted(b" ")
         self.daemon.loop.advance(60)
         self.daemon.factory.sweep()
         self.assertEqual((transport.messages, transport.is_half_closed), ([], False))
@@ -722,7 +826,7 @@ class MoveTests(ServerTestCase):
     def test_cut_off(self) -> None:
         """Cutting off ends those that have asked and are owed nothing, and no others."""
         protocol, other = self.daemon.connect()
-        protocol.dataReceived(b"\n")
+        self.ask_once(protocol, other)
         _, silent = self.daemon.connect()
         self.protocol.dataReceived(line_of("later"))
         self.takes = False
@@ -761,7 +865,7 @@ class LostTests(ServerTestCase):
 
     def test_a_bug_closes_its_own_connection(self) -> None:
         """An exception in taskd itself is logged, and costs the connection that met it alone."""
-        broken = Function("broken", lambda session: 1 / 0, Kind.SESSION, skip=1)
+        broken = Function("broken", lambda session, id_json: 1 / 0, Kind.SESSION, skip=2)
         self.daemon.registry.add(broken)
         other, others = self.daemon.connect()
         self.protocol.dataReceived(line_of("echo", 1) + line_of("broken"))
@@ -770,6 +874,351 @@ class LostTests(ServerTestCase):
         other.dataReceived(line_of("echo", 2))
         self.assertEqual(others.messages, [2])
         self.assertFalse(others.disconnected)
+
+    def test_what_was_not_read_is_dropped(self) -> None:
+        """What came and was not taken is let go of, in a line or behind a pause."""
+        for sent in (b'{"func' * 100, line_of("later") * 5 + b'{"func'):
+            self.daemon = self.new_daemon(max_in_flight=2)
+            self.protocol, _ = self.daemon.connect()
+            self.protocol.dataReceived(sent)
+            self.assertNotEqual(self.protocol.unread, b"")
+            self.lose()
+            self.assertEqual(self.protocol.unread, b"")
+
+
+WEB, OPS = "web's token 0123", "ops' token 01234"
+ACCESS = Access([("web", digest_of(WEB)), ("ops", digest_of(OPS))], [("web", ["echo"])])
+
+
+class IdentityTests(ServerTestCase):
+    """Callers that have to say who they are."""
+
+    LONGEST = 100_000
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.log = log_of(self, "door")
+        self.taken: list[bytes] = []
+        self.daemon = self.new_daemon()
+        self.protocol, self.transport = self.daemon.connect()
+
+    def new_daemon(self, **settings: Any) -> MemoryDaemon:
+        options = {"access": ACCESS, "max_line_bytes": self.LONGEST, **settings}
+        return MemoryDaemon(*self.functions, **options)
+
+    def gist(self, transport: MemoryTransport | None = None) -> list[Any]:
+        """Give the replies, each error by its code alone."""
+        messages = (transport or self.transport).messages
+        return [m["error"]["code"] if isinstance(m, dict) else m for m in messages]
+
+    def padded(self, line: bytes, length: int) -> bytes:
+        """Make a request so many bytes long, its line feed not counted."""
+        return line.rstrip(b"\n") + b" " * (length - len(line) + 1) + b"\n"
+
+    def take(self, socket: Any, luggage: bytes) -> bool:
+        """Take a connection, as another worker."""
+        self.taken.append(luggage)
+        return True
+
+    def guess(self) -> None:
+        """Have a wrong token come over a connection of its own, and be answered."""
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(line_of("taskd.auth", "wrong"))
+        self.daemon.loop.advance(4)
+        self.assertEqual(self.gist(transport), ["unauthorized"])
+
+    def test_the_right_token(self) -> None:
+        """Requests may follow a token at once; all replies leave in a single write."""
+        self.protocol.dataReceived(line_of("taskd.auth", WEB) + line_of("echo", 1))
+        self.assertEqual((self.gist(), len(self.transport.writes)), (["web", 1], 1))
+        self.assertEqual(self.daemon.slot.callers, {"web": 1})
+        self.assertTrue(self.transport.is_read)
+        self.lose()
+        self.assertEqual(self.daemon.slot.callers, {})
+
+    def test_no_token(self) -> None:
+        """Who calls without one is refused, hung up on, and told of in the log."""
+        self.protocol.dataReceived(line_of("echo", 1) + line_of("taskd.auth", WEB))
+        self.assertEqual((self.gist(), self.transport.is_half_closed), (["unauthorized"], True))
+        self.assertEqual(self.log, ["warn: a Unix socket: it has not said who it is"])
+
+    def test_what_is_not_allowed(self) -> None:
+        """Who is known gets an answer to what is not allowed, and is told of in the log."""
+        self.protocol.dataReceived(line_of("taskd.auth", WEB) + line_of("later"))
+        self.protocol.dataReceived(line_of("echo", 1))
+        self.assertEqual(self.gist(), ["web", "unauthorized", 1])
+        self.assertEqual(self.log[1:], ["warn: a Unix socket: web may not call 'later'"])
+
+    def test_the_longest_line_before(self) -> None:
+        """Before it is known a caller's lines may have 4096 bytes, and not one more."""
+        self.protocol.dataReceived(self.padded(line_of("taskd.auth", WEB), 4096))
+        self.assertEqual(self.gist(), ["web"])
+        for sent in (self.padded(line_of("taskd.auth", WEB), 4097), b"x" * 4097):
+            protocol, transport = self.daemon.connect()
+            protocol.dataReceived(sent)
+            self.assertEqual(self.gist(transport), ["line-too-long"])
+            self.assertTrue(transport.is_half_closed)
+
+    def test_the_longest_line_after(self) -> None:
+        """From then on its lines may be as long as any, in the same chunk already."""
+        long = self.padded(line_of("echo", 1), self.LONGEST)
+        self.protocol.dataReceived(line_of("taskd.auth", WEB) + long)
+        self.protocol.dataReceived(long)
+        self.assertEqual(self.gist(), ["web", 1, 1])
+        self.protocol.dataReceived(self.padded(line_of("echo", 1), self.LONGEST + 1))
+        self.assertEqual(self.gist()[3:], ["line-too-long"])
+        self.assertIn("--max-line", self.transport.messages[-1]["error"]["message"])
+
+    def test_a_short_limit(self) -> None:
+        """Where no line may be that long theirs may not either."""
+        self.daemon = self.new_daemon(max_line_bytes=1024)
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(self.padded(line_of("taskd.auth", WEB), 1025))
+        self.assertEqual(self.gist(transport), ["line-too-long"])
+
+    def test_where_nobody_is_asked(self) -> None:
+        """Where nobody has to say who they are the first line may be as long as any."""
+        self.daemon = MemoryDaemon(*self.functions, max_line_bytes=self.LONGEST)
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(self.padded(line_of("echo", 1), self.LONGEST))
+        protocol.dataReceived(line_of("taskd.auth", "whatever"))
+        self.assertEqual(transport.messages, [1, None])
+
+    def test_a_wrong_token(self) -> None:
+        """A wrong token is answered late, and nothing is read meanwhile and afterwards."""
+        self.protocol.dataReceived(line_of("taskd.auth", "wrong") + line_of("taskd.auth", WEB))
+        self.assertFalse(self.transport.is_read)
+        self.daemon.loop.advance(0.49)
+        self.assertEqual(self.transport.messages, [])
+        self.daemon.loop.advance(0.01)
+        self.assertEqual((self.gist(), self.transport.is_half_closed), (["unauthorized"], True))
+        self.daemon.loop.advance(60)
+        self.assertEqual(self.gist(), ["unauthorized"])
+
+    def test_a_token_in_question(self) -> None:
+        """While a token waits to be looked at nothing is read, and what has come waits."""
+        self.guess()
+        self.protocol.dataReceived(line_of("taskd.auth", WEB) + line_of("echo", 1) + b'{"func')
+        self.protocol.dataReceived(b'tion": "echo", "args": [2]}\n')
+        self.assertEqual((self.transport.is_read, self.transport.messages), (False, []))
+        self.daemon.loop.advance(0.5)
+        self.assertEqual((self.transport.is_read, self.gist()), (True, ["web", 1, 2]))
+
+    def test_lost_meanwhile(self) -> None:
+        """A connection that is lost while its token is in question is nobody's."""
+        self.guess()
+        self.protocol.dataReceived(line_of("taskd.auth", WEB) + line_of("echo", 1))
+        self.lose()
+        self.daemon.loop.advance(10)
+        self.assertEqual((self.transport.messages, self.daemon.slot.callers), ([], {}))
+        self.assertEqual(self.daemon.loop.getDelayedCalls(), [])
+
+    def test_passed_on_meanwhile(self) -> None:
+        """A connection whose token is in question goes when it is answered, with what is behind."""
+        self.guess()
+        self.protocol.dataReceived(line_of("taskd.auth", WEB) + line_of("echo", 1))
+        self.daemon.factory.pass_on(self.take)
+        self.daemon.loop.advance(0.49)
+        self.assertEqual(self.taken, [])
+        self.daemon.loop.pump([0.01, 0.25, 0.25])
+        self.assertEqual(self.gist(), ["web"])
+        self.assertEqual(self.taken, [digest_of(WEB).encode() + b" " + line_of("echo", 1)])
+        self.assertEqual(self.daemon.slot.callers, {})
+
+    def moved(self, luggage: bytes) -> MemoryTransport:
+        """Give the transport of a connection that came from another worker."""
+        self.protocol, transport = self.daemon.factory.buildProtocol(None), MemoryTransport()
+        transport.protocol = self.protocol
+        self.protocol.makeConnection(transport)
+        self.protocol.adopted(luggage)
+        return transport
+
+    def test_a_moved_connection(self) -> None:
+        """A connection takes the digest of its token along, and what was not read behind it."""
+        self.protocol.dataReceived(line_of("taskd.auth", WEB) + b'{"func')
+        self.daemon.factory.pass_on(self.take)
+        self.assertEqual(self.taken, [digest_of(WEB).encode() + b' {"func'])
+
+    def test_a_moved_connection_goes_on(self) -> None:
+        """Where its digest is known it need not say again who it is, and may what it might."""
+        rest = line_of("echo", 1) + self.padded(line_of("later"), 5000) + b'{"func'
+        transport = self.moved(digest_of(WEB).encode() + b" " + rest)
+        self.protocol.dataReceived(b'tion": "echo", "args": [2]}\n')
+        self.assertEqual(self.gist(transport), [1, "unauthorized", 2])
+        self.assertEqual(self.daemon.slot.callers, {"web": 1})
+
+    def test_a_token_that_is_no_longer_known(self) -> None:
+        """Where its digest is not known any more it has to show a token that is."""
+        luggage = digest_of("an old token 0123").encode() + b" "
+        transport = self.moved(luggage + line_of("echo", 1))
+        self.assertEqual(self.gist(transport), ["unauthorized"])
+        self.assertTrue(transport.is_half_closed)
+        transport = self.moved(luggage + line_of("taskd.auth", OPS))
+        self.assertEqual(self.gist(transport), ["ops"])
+        self.assertEqual(self.daemon.slot.callers, {"ops": 1})
+
+    def test_moved_without_a_token(self) -> None:
+        """Who had shown none, where none was asked for, has to where one is."""
+        transport = self.moved(b" " + line_of("echo", 1))
+        self.assertEqual(self.gist(transport), ["unauthorized"])
+
+    def test_a_certificate(self) -> None:
+        """Who has shown a certificate in the handshake needs no token, and may what it may."""
+        protocol, transport = connect_securely(self.daemon, "web")
+        protocol.dataReceived(self.padded(line_of("echo", 1), 5000) + line_of("later"))
+        self.assertEqual(self.gist(transport), [1, "unauthorized"])
+        self.assertEqual(self.daemon.slot.callers, {"web": 1})
+        protocol.connectionLost(connectionDone)
+        self.assertEqual(self.daemon.slot.callers, {})
+
+    def test_no_certificate(self) -> None:
+        """Who has shown none over TLS has to show a token."""
+        protocol, transport = connect_securely(self.daemon)
+        protocol.dataReceived(line_of("taskd.auth", WEB) + line_of("echo", 1))
+        self.assertEqual(self.gist(transport), ["web", 1])
+        protocol, transport = connect_securely(self.daemon)
+        protocol.dataReceived(line_of("echo", 1))
+        self.assertEqual((self.gist(transport), transport.disconnecting), (["unauthorized"], True))
+
+    def test_a_failed_handshake(self) -> None:
+        """A handshake that failed is told of in the log; an end in it, or after it, is not."""
+        why = Failure(SSL.Error([("SSL routines", "", "no shared cipher")]))
+        for identity, reason in (
+            ("web", connectionDone),
+            ("", why),
+            (None, connectionDone),
+            (None, Failure(ConnectionLost())),
+        ):
+            protocol, _ = connect_securely(self.daemon, identity)
+            self.log.clear()
+            protocol.connectionLost(reason)
+            self.assertEqual(self.log, [])
+        protocol, _ = connect_securely(self.daemon, None)
+        protocol.connectionLost(why)
+        self.assertEqual(self.log, ["warn: a Unix socket: no TLS handshake: no shared cipher"])
+
+    def test_the_time_of_a_handshake(self) -> None:
+        """Who takes part in no handshake is hung up on like who sends no line."""
+        _, transport = connect_securely(self.daemon, None)
+        self.daemon.loop.advance(30.1)
+        self.daemon.factory.sweep()
+        self.assertTrue(transport.disconnecting)
+        self.daemon.loop.advance(2)
+        self.assertTrue(transport.disconnected)
+
+    def test_a_stranger_has_one_line(self) -> None:
+        """A stranger cannot stay: whatever its first line is, it is known by it or has to go."""
+        for line in (line_of("taskd.auth"), line_of("taskd.auth", 5), b" \n", line_of("x")):
+            protocol, transport = self.daemon.connect()
+            protocol.dataReceived(b"\r\n" + line)
+            self.assertTrue(transport.is_half_closed, line)
+
+
+class ForeignTests(ServerTestCase):
+    def test_who_speaks_http(self) -> None:
+        """A browser is cut off at once, whatever it posts, and learns nothing but that."""
+        log = log_of(self, "door")
+        body = line_of("echo", "smuggled")
+        self.protocol.dataReceived(b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\n" + body)
+        self.protocol.dataReceived(body)
+        self.assertTrue(self.transport.disconnected)
+        self.assertEqual((self.transport.writes, self.transport.is_half_closed), ([], False))
+        self.assertEqual(log, ["warn: a Unix socket: it speaks HTTP, and is cut off"])
+        self.lose()
+        self.assertEqual(self.daemon.loop.getDelayedCalls(), [])
+
+    def test_who_speaks_tls(self) -> None:
+        """A browser that begins TLS on a plain port is cut off, with or without a line feed."""
+        for hello in (b"\x16\x03\x01\x02\x00", b"\x16\x03\x01\n", b"\x16\x03\x01" + b"x" * 5000):
+            protocol, transport = self.daemon.connect()
+            protocol.dataReceived(hello)
+            self.assertEqual((transport.disconnected, transport.writes), (True, []), hello[:9])
+
+    def test_http_without_an_end(self) -> None:
+        """A first line of HTTP that is too long, or never ends, is not answered either."""
+        self.protocol.dataReceived(b"GET /" + b"x" * 1025)
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(b"GET / HT")
+        self.daemon.loop.advance(30.1)
+        self.daemon.factory.sweep()
+        for each in (self.transport, transport):
+            self.assertEqual((each.disconnected, each.writes), (True, []))
+
+    def test_in_the_middle(self) -> None:
+        """What looks like TLS behind the beginning of a line is a part of the line."""
+        self.protocol.dataReceived(b'{"function": "echo", "args": ["')
+        self.protocol.dataReceived(b'\x16\x03\x01"]}\n')
+        (reply,) = self.transport.messages
+        self.assertEqual(reply["error"]["code"], "malformed")
+
+
+class UnreadTests(ServerTestCase):
+    """Peers that do not read."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.log = log_of(self, "door")
+        self.transport.unsent_bytes = 100_000
+        self.protocol.dataReceived(line_of("later", id=1) + line_of("echo"))
+        self.assertFalse(self.transport.is_read)
+
+    def sweep_after(self, seconds: float) -> None:
+        self.daemon.loop.advance(seconds)
+        self.daemon.factory.sweep()
+
+    def test_one_that_does_not_read(self) -> None:
+        """A peer that takes nothing for 60 s is cut off, though it is owed something."""
+        self.sweep_after(60)
+        self.assertFalse(self.transport.disconnected)
+        self.sweep_after(0.1)
+        self.assertTrue(self.transport.disconnected)
+        told = "warn: a Unix socket: it does not read its replies, and is cut off"
+        self.assertEqual(self.log, [told])
+
+    def test_one_that_reads_a_little(self) -> None:
+        """A peer that takes a byte now and then is not."""
+        for _ in range(10):
+            self.transport.unsent_bytes -= 1
+            self.sweep_after(59)
+        self.assertFalse(self.transport.disconnected)
+
+    def test_one_that_reads_all(self) -> None:
+        """A peer that has taken all has no such limit any more."""
+        self.transport.unsent_bytes = 0
+        assert self.transport.on_sent is not None
+        self.transport.on_sent()
+        self.sweep_after(3600)
+        self.assertFalse(self.transport.disconnected)
+
+    def test_replies_meanwhile(self) -> None:
+        """To be sent more replies gives it no more time."""
+        self.sweep_after(59)
+        self.transport.unsent_bytes += len(b'{"id": 1, "result": null}\n')
+        self.late[0].callback(None)
+        self.sweep_after(1.1)
+        self.assertTrue(self.transport.disconnected)
+
+    def test_progress(self) -> None:
+        """While a peer is behind with reading what tasks report is left out, replies are not."""
+        self.transport.clear()
+        self.protocol.report(b'"half"\n')
+        self.late[0].callback(None)
+        self.assertEqual(self.transport.messages, [{"id": 1, "result": None}])
+        self.transport.unsent_bytes = 0
+        assert self.transport.on_sent is not None
+        self.transport.on_sent()
+        self.protocol.report(b'"again"\n')
+        self.assertEqual(self.transport.messages[1:], ["again"])
+
+    def test_a_little(self) -> None:
+        """A peer that leaves no more than 64 KiB unread may do so, and is told all."""
+        protocol, transport = self.daemon.connect()
+        transport.unsent_bytes = 64 * 1024
+        protocol.dataReceived(line_of("echo", 1))
+        protocol.report(b'"half"\n')
+        self.sweep_after(3600)
+        self.assertFalse(transport.disconnected)
+        self.assertEqual(transport.messages, [1, "half"])
 
 
 class FactoryTests(ServerTestCase):
@@ -801,7 +1250,7 @@ class FactoryTests(ServerTestCase):
         self.assertEqual(seen, [0])
 
     def test_drain(self) -> None:
-        """Draining hangs up on who is owed nothing, and on the others after their replies."""
+        """Draining says goodbye to who is owed nothing, and to the others after their replies."""
         busy, busy_transport = self.daemon.connect()
         busy.dataReceived(line_of("later"))
         self.daemon.factory.drain()
@@ -809,7 +1258,9 @@ class FactoryTests(ServerTestCase):
         self.assertFalse(busy_transport.is_half_closed)
         self.lose()
         self.late[0].callback("late")
-        self.assertEqual(busy_transport.messages, ["late"])
+        late, goodbye = busy_transport.messages
+        self.assertEqual((late, goodbye["error"]["code"]), ("late", "shutting-down"))
+        self.assertEqual(self.transport.messages, [goodbye])
         self.assertTrue(busy_transport.is_half_closed)
 
     def test_abandon(self) -> None:

@@ -12,9 +12,9 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.access import Grant
-from taskd.call import Call
+from taskd.call import Call, Origin
 from taskd.errors import Cancelled, Overloaded, TaskFailed, WorkerLost
-from taskd.functions import Function, task
+from taskd.functions import Function, Kind, task
 from taskd.session import Session
 from taskd.wire import NO_TERMS, Terms, encode_progress, encode_result
 from tests.support import line_of, registry_of
@@ -47,7 +47,12 @@ class HeldRunner:
         self.abandoned: list[str] = []
 
     def call_now(
-        self, function: Function, positional: list[Any], keywords: dict[str, Any], id_json: str
+        self,
+        function: Function,
+        positional: list[Any],
+        keywords: dict[str, Any],
+        id_json: str,
+        origin: Origin | None,
     ) -> bytes | Deferred[Any]:
         return encode_result(id_json, function.call(*positional, **keywords))
 
@@ -88,9 +93,9 @@ class Conversation:
         self.hang_ups = 0
         self.holds: list[bool] = []
         self.quiet: list[bool] = []
-        self.session = Session(
-            registry_of(now, later, limited), self.runner, self, max_in_flight, grant
-        )
+        functions = registry_of(now, later, limited)
+        functions.add(Function("taskd.ping", lambda: "draining", Kind.REACTOR))
+        self.session = Session(functions, self.runner, self, max_in_flight, grant)
         self.session.on_quiet = lambda: self.quiet.append(self.session.owes_replies)
 
     def write(self, line: bytes) -> None:
@@ -327,6 +332,34 @@ class EndTests(SessionTestCase):
         self.runner.finish("a")
         self.assertEqual(self.peer.gist, [(1, "shutting-down"), "a", "shutting-down"])
         self.assertEqual(self.peer.hang_ups, 1)
+
+    def test_ping_to_the_end(self) -> None:
+        """A health check is answered here, however late it is."""
+        self.ask("later", "a", id=1)
+        for step in (self.session.pass_on, self.session.drain):
+            step()
+            self.ask("taskd.ping", id=2)
+            self.assertEqual(self.peer.gist[-1], (2, "draining"))
+
+    def test_goodbye(self) -> None:
+        """A session that is to say goodbye does so once, behind all that it owes."""
+        self.ask("later", "a")
+        self.ask("later", "b", id=1)
+        self.session.drain(says_goodbye=True)
+        self.runner.finish("b")
+        self.assertEqual(self.peer.gist, [(1, "b")])
+        self.runner.finish("a")
+        self.ask("now", "c", id=2)
+        self.assertEqual(self.peer.gist, [(1, "b"), "a", "shutting-down"])
+        self.assertEqual(self.peer.hang_ups, 1)
+
+    def test_no_goodbye(self) -> None:
+        """A peer that has ended its sending, and so will ask nothing more, is told no goodbye."""
+        self.ask("later", "a")
+        self.session.receive_end(False)
+        self.session.drain(says_goodbye=True)
+        self.runner.finish("a")
+        self.assertEqual((self.peer.gist, self.peer.hang_ups), (["a"], 1))
 
     def test_a_lost_peer_is_sent_nothing(self) -> None:
         """Once the connection is lost its tasks end without a reply and without hanging up."""
@@ -600,6 +633,392 @@ class CanMoveTests(SessionTestCase):
             self.assertFalse(session.can_move)
 
 
+WEB = Grant("web", "digest", lambda name: name in ("now", "later", "taskd.auth", "taskd.cancel"))
+"""What a caller may do that has rules."""
+
+
+class StrangerTests(SynchronousTestCase):
+    """A caller that has not said who it is."""
+
+    def setUp(self) -> None:
+        self.peer = Conversation(grant=None)
+
+    def test_nothing_but_auth(self) -> None:
+        """Whatever it calls is unauthorized, it is hung up on, and nothing behind that is read."""
+        for request in (
+            line_of("now", 1),
+            line_of("nowhere", id=1),
+            line_of("later", "a", priority=3),
+            line_of("taskd.ping"),
+            line_of("taskd.cancel", 1),
+            line_of("taskd.status"),
+            line_of("taskd.authentic", "token"),
+            line_of("", 1),
+        ):
+            peer = Conversation(grant=None)
+            peer.session.receive(request.rstrip())
+            peer.ask("taskd.auth", "token")
+            peer.ask("now", "smuggled")
+            (reply,) = peer.replies
+            self.assertEqual(reply["error"]["code"], "unauthorized", request)
+            self.assertIn("taskd.auth", reply["error"]["message"])
+            self.assertEqual(reply.get("id"), json.loads(request).get("id"))
+            self.assertEqual((peer.hang_ups, peer.questions), (1, []), request)
+            self.assertEqual(peer.refusals, [(json.loads(request)["function"], None)])
+            self.assertEqual((peer.runner.held, peer.runner.sent_on), ({}, []))
+
+    def test_auth_that_does_not_fit(self) -> None:
+        """Arguments that do not fit are told, and it gets no second attempt."""
+        for args in ([], [1], [None], [["token"]], ["a", "b"], {"tokens": "a"}, {"token": 5}):
+            peer = Conversation(grant=None)
+            peer.session.receive(json.dumps({"function": "taskd.auth", "args": args}).encode())
+            peer.ask("taskd.auth", "token")
+            self.assertEqual(peer.gist, ["bad-arguments"], args)
+            self.assertEqual((peer.hang_ups, peer.questions), (1, []), args)
+
+    def test_malformed_lines(self) -> None:
+        """A line that is no request is answered as ever."""
+        self.peer.session.receive(b"rubbish")
+        self.assertEqual((self.peer.gist, self.peer.hang_ups), (["malformed"], 1))
+
+    def test_empty_lines(self) -> None:
+        """Empty lines are no calls."""
+        self.peer.session.receive(b"")
+        self.peer.session.receive(b"\r")
+        self.assertEqual((self.peer.replies, self.peer.hang_ups), ([], 0))
+
+    def test_a_line_too_long(self) -> None:
+        """It is told that its lines may be longer once it is known."""
+        self.peer.session.receive_too_much(4096)
+        (reply,) = self.peer.replies
+        self.assertIn("4096 bytes until it is known who calls", reply["error"]["message"])
+
+    def test_once_it_is_passed_on(self) -> None:
+        """A connection that is to go, or to end, is no way around that."""
+        for step in ("pass_on", "drain"):
+            peer = Conversation(grant=None)
+            if step == "drain":
+                peer.ask("taskd.auth", "token")
+            getattr(peer.session, step)()
+            peer.ask("now", 1)
+            self.assertEqual(peer.gist, ["unauthorized"])
+            self.assertEqual(peer.runner.sent_on, [])
+
+
+class AuthTests(SynchronousTestCase):
+    """Saying who one is."""
+
+    def setUp(self) -> None:
+        self.peer = Conversation(grant=None)
+        self.session = self.peer.session
+
+    def answer(self, grant: Grant | None) -> None:
+        """Tell what the last token grants, as the connection does."""
+        _, done = self.peer.questions.pop()
+        if grant is not None:
+            self.session.admit(grant)
+        done(grant)
+
+    def test_the_right_token(self) -> None:
+        """The identity is the answer, and from then on calls are run."""
+        self.peer.ask("taskd.auth", "token", id=1)
+        self.assertEqual(self.peer.questions[0][0], "token")
+        self.assertEqual(self.peer.replies, [])
+        self.answer(WEB)
+        self.peer.ask("now", "a")
+        self.assertEqual(self.peer.gist, [(1, "web"), "a"])
+        self.assertIs(self.session.grant, WEB)
+        self.assertEqual(self.peer.hang_ups, 0)
+
+    def test_by_name(self) -> None:
+        """The token may be given by name."""
+        self.session.receive(b'{"function": "taskd.auth", "args": {"token": "x"}}')
+        self.assertEqual([token for token, _ in self.peer.questions], ["x"])
+
+    def test_a_wrong_token(self) -> None:
+        """A wrong token is unauthorized, and nothing behind it is read."""
+        self.peer.ask("taskd.auth", "token", id=1)
+        self.answer(None)
+        self.peer.ask("taskd.auth", "another")
+        self.assertEqual((self.peer.gist, self.peer.hang_ups), ([(1, "unauthorized")], 1))
+        self.assertEqual(self.peer.questions, [])
+
+    def test_where_nobody_is_asked(self) -> None:
+        """Where nobody has to say who they are the answer is null."""
+        self.peer = Conversation()
+        self.session = self.peer.session
+        self.peer.ask("taskd.auth", "token")
+        self.answer(ANYTHING)
+        self.assertEqual(self.peer.replies, [None])
+
+    def test_twice(self) -> None:
+        """Who is known may say to be somebody else, and is that one then."""
+        for grant in (ANYTHING, WEB):
+            self.peer.ask("taskd.auth", "token")
+            self.answer(grant)
+        self.assertEqual(self.peer.replies, [None, "web"])
+        self.assertIs(self.session.grant, WEB)
+        self.peer.ask("limited", "a")
+        self.assertEqual(self.peer.gist[2:], ["unauthorized"])
+
+    def test_a_wrong_token_of_who_is_known(self) -> None:
+        """A wrong token ends the conversation of who was known too, and owed replies are paid."""
+        self.peer = Conversation(grant=WEB)
+        self.session = self.peer.session
+        self.peer.ask("later", "a")
+        self.peer.ask("taskd.auth", "wrong")
+        self.answer(None)
+        self.assertEqual((self.peer.replies, self.peer.hang_ups), ([], 0))
+        self.peer.runner.finish("a")
+        self.assertEqual((self.peer.gist, self.peer.hang_ups), (["a", "unauthorized"], 1))
+
+    def test_what_does_not_fit_of_who_is_known(self) -> None:
+        """A token that is no string is told to who is known, and the conversation goes on."""
+        self.peer = Conversation(grant=WEB)
+        self.peer.ask("taskd.auth", 5, id=1)
+        self.peer.ask("taskd.auth")
+        self.peer.ask("now", "a")
+        self.assertEqual(self.peer.gist, [(1, "bad-arguments"), "bad-arguments", "a"])
+        self.assertEqual((self.peer.hang_ups, self.peer.questions), (0, []))
+
+    def test_the_order(self) -> None:
+        """The answer without an id waits for the replies before it."""
+        self.peer = Conversation()
+        self.session = self.peer.session
+        self.peer.ask("later", "a")
+        self.peer.ask("taskd.auth", "token")
+        self.answer(WEB)
+        self.peer.ask("now", "b")
+        self.assertEqual(self.peer.replies, [])
+        self.peer.runner.finish("a")
+        self.assertEqual(self.peer.replies, ["a", "web", "b"])
+
+    def test_as_it_is_answered_at_once(self) -> None:
+        """It makes no difference whether the answer comes at once."""
+
+        def identify(token: str, done: Callable[[Grant | None], None]) -> None:
+            peer.session.admit(WEB)
+            done(WEB)
+
+        peer = Conversation(grant=None)
+        peer.identify = identify  # type: ignore[method-assign]
+        peer.ask("taskd.auth", "token")
+        peer.ask("now", "a")
+        self.assertEqual((peer.replies, peer.session.owes_replies), (["web", "a"], False))
+
+    def test_an_answer_is_owed(self) -> None:
+        """As long as the answer is not there it is owed, and the conversation cannot move."""
+        self.peer.ask("taskd.auth", "token")
+        self.assertEqual((self.session.owes_replies, self.session.can_move), (True, False))
+        self.answer(WEB)
+        self.assertEqual((self.session.owes_replies, self.session.can_move), (False, True))
+
+    def test_passed_on_meanwhile(self) -> None:
+        """A session that is passed on meanwhile is quiet with the answer, and is asked here."""
+        self.session.pass_on()
+        self.peer.ask("taskd.auth", "token")
+        self.assertEqual((self.peer.quiet, self.peer.runner.sent_on), ([], []))
+        self.answer(WEB)
+        self.assertEqual((self.peer.replies, self.peer.quiet), (["web"], [False]))
+
+    def test_passed_on_with_a_call_in_flight(self) -> None:
+        """It is quiet when neither an answer nor a reply is owed, whichever comes last."""
+        for is_auth_first in (True, False):
+            self.peer = Conversation()
+            self.session = self.peer.session
+            self.peer.ask("later", "a", id=1)
+            self.peer.ask("taskd.auth", "token", id=2)
+            self.session.pass_on()
+            steps = [lambda: self.answer(WEB), lambda: self.peer.runner.finish("a")]
+            for step in steps if is_auth_first else reversed(steps):
+                self.assertEqual(self.peer.quiet, [])
+                step()
+            self.assertEqual(self.peer.quiet, [False])
+
+    def test_drained_meanwhile(self) -> None:
+        """A session that drains meanwhile is hung up on after the answer."""
+        for grant, gist in ((WEB, ["web"]), (None, ["unauthorized"])):
+            self.peer = Conversation(grant=None)
+            self.session = self.peer.session
+            self.peer.ask("taskd.auth", "token")
+            self.session.drain()
+            self.assertEqual(self.peer.hang_ups, 0)
+            self.answer(grant)
+            self.assertEqual((self.peer.gist, self.peer.hang_ups), (gist, 1))
+
+    def test_the_end_of_sending_meanwhile(self) -> None:
+        """A peer that has sent all meanwhile gets the answer, and is hung up on."""
+        for grant, gist in ((WEB, [(1, "web")]), (None, [(1, "unauthorized")])):
+            self.peer = Conversation(grant=None)
+            self.session = self.peer.session
+            self.peer.ask("taskd.auth", "token", id=1)
+            self.session.receive_end(False)
+            self.assertEqual(self.peer.hang_ups, 0)
+            self.answer(grant)
+            self.assertEqual((self.peer.gist, self.peer.hang_ups), (gist, 1))
+
+    def test_lost_meanwhile(self) -> None:
+        """A peer that is lost meanwhile is answered nothing."""
+        for grant in (WEB, None):
+            self.peer = Conversation(grant=None)
+            self.session = self.peer.session
+            self.peer.ask("taskd.auth", "token")
+            self.session.lost()
+            self.answer(grant)
+            self.assertEqual((self.peer.replies, self.peer.hang_ups), ([], 0))
+
+
+class AllowedTests(SynchronousTestCase):
+    """A caller that may not call everything."""
+
+    def setUp(self) -> None:
+        self.peer = Conversation(grant=WEB)
+
+    def test_what_is_not_allowed(self) -> None:
+        """A call that is not allowed is answered so, and the conversation goes on."""
+        self.peer.ask("limited", "a", id=1)
+        self.peer.ask("nowhere")
+        self.peer.ask("now", "b")
+        self.assertEqual(self.peer.gist, [(1, "unauthorized"), "unauthorized", "b"])
+        message = self.peer.replies[0]["error"]["message"]
+        self.assertEqual(message, "web may not call 'limited'; the daemon's --allow says so")
+        self.assertEqual((self.peer.hang_ups, self.peer.runner.held), (0, {}))
+        self.assertEqual(self.peer.refusals, [("limited", WEB), ("nowhere", WEB)])
+
+    def test_the_order(self) -> None:
+        """The answer without an id waits for its turn."""
+        self.peer.ask("later", "a")
+        self.peer.ask("limited", "b")
+        self.assertEqual(self.peer.replies, [])
+        self.peer.runner.finish("a")
+        self.assertEqual(self.peer.gist, ["a", "unauthorized"])
+
+    def test_who_shows_nothing(self) -> None:
+        """Who shows nothing, and need not, is told so."""
+        peer = Conversation(grant=Grant("", "", lambda name: False))
+        peer.ask("now")
+        (reply,) = peer.replies
+        self.assertIn("whoever has not said who it is may not call", reply["error"]["message"])
+        self.assertEqual(peer.hang_ups, 0)
+
+    def test_a_name_without_end(self) -> None:
+        """Of a long name only the beginning comes back, in ASCII."""
+        self.peer.ask("é\x00" * 10_000)
+        self.assertLess(len(self.peer.sent[0]), 400)
+        self.assertTrue(self.peer.sent[0].isascii())
+
+    def test_once_it_is_passed_on(self) -> None:
+        """A connection that is to go is no way around that."""
+        self.peer.session.pass_on()
+        self.peer.ask("limited", "a")
+        self.peer.ask("now", 1)
+        self.assertEqual(self.peer.gist, ["unauthorized"])
+        self.assertEqual([call.function.name for call in self.peer.runner.sent_on], ["now"])
+
+
+FOREIGN: list[tuple[str, bytes, str]] = [
+    ("a browser", b"GET / HTTP/1.1\r", "HTTP"),
+    ("a browser that asks with a query", b"GET /?a=b%20c&d HTTP/1.1\r", "HTTP"),
+    ("a form", b"POST /submit HTTP/1.1\r", "HTTP"),
+    ("a preflight", b"OPTIONS / HTTP/1.1\r", "HTTP"),
+    ("the server's options", b"OPTIONS * HTTP/1.1\r", "HTTP"),
+    ("fetch() with a method of its own", b"DELETE /x HTTP/1.1\r", "HTTP"),
+    ("a browser with a proxy", b"GET http://localhost:12345/ HTTP/1.1\r", "HTTP"),
+    ("a browser with a proxy, over TLS", b"CONNECT localhost:12345 HTTP/1.1\r", "HTTP"),
+    ("curl", b"HEAD / HTTP/1.1\r", "HTTP"),
+    ("curl --http1.0", b"GET /index.html HTTP/1.0\r", "HTTP"),
+    ("curl --http2-prior-knowledge", b"PRI * HTTP/2.0\r", "HTTP"),
+    ("curl -X of anything", b"PROPFIND /dav HTTP/1.1\r", "HTTP"),
+    ("fetch() with a method of any name", b"my-Method.1 /x HTTP/1.1\r", "HTTP"),
+    ("a path with spaces", b"GET /a b HTTP/1.1\r", "HTTP"),
+    ("HTTP/0.9", b"GET /", "HTTP"),
+    ("without carriage returns", b"GET / HTTP/1.1", "HTTP"),
+    ("a WebSocket", b"GET /chat HTTP/1.1\r", "HTTP"),
+    ("a header", b"Host: localhost:12345\r", "HTTP"),
+    ("another header", b"Content-Type: text/plain;charset=UTF-8\r", "HTTP"),
+    ("a header in small letters", b"sec-fetch-mode: no-cors\r", "HTTP"),
+    ("a browser over TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "TLS"),
+    ("a client that speaks TLS 1.0", b"\x16\x03\x00\x00", "TLS"),
+]
+"""Who comes to the wrong port, how they begin, and what that is."""
+
+NEITHER: list[tuple[str, bytes]] = [
+    ("SMTP", b"EHLO mail.example.org\r"),
+    ("SMTP", b"MAIL FROM:<a@example.org>\r"),
+    ("POP3", b"USER someone\r"),
+    ("IMAP", b"a001 LOGIN someone secret\r"),
+    ("Redis", b"*1\r"),
+    ("Redis, by hand", b"PING\r"),
+    ("memcached", b"get key\r"),
+    ("memcached", b"set key 0 900 5\r"),
+    ("SSH", b"SSH-2.0-OpenSSH_9.6\r"),
+    ("PROXY", b"PROXY TCP4 192.0.2.1 192.0.2.2 50000 12345\r"),
+    ("a request that was cut", b'"function": "now"}'),
+    ("a text", b"hello"),
+    ("TLS of no record type", b"\x17\x03\x03\x00\x10"),
+]
+"""Who else comes there; nobody's browser does."""
+
+
+class ForeignTests(SynchronousTestCase):
+    """Who speaks something else."""
+
+    def test_who_is_cut_off(self) -> None:
+        """HTTP and TLS are cut off without an answer, and nothing behind is read."""
+        for who, line, protocol in FOREIGN:
+            for grant in (ANYTHING, None):
+                peer = Conversation(grant=grant)
+                peer.session.receive(line)
+                peer.ask("taskd.auth", "guessed")
+                peer.ask("now", "smuggled")
+                peer.session.receive(line)
+                self.assertEqual((peer.sent, peer.cut_offs), ([], [protocol]), who)
+                self.assertEqual((peer.hang_ups, peer.questions), (0, []), who)
+
+    def test_who_is_answered(self) -> None:
+        """Whatever else is no request is answered, so that people see what is wrong."""
+        for who, line in NEITHER:
+            peer = Conversation()
+            peer.session.receive(line)
+            self.assertEqual((peer.gist, peer.cut_offs), (["malformed"], []), who)
+
+    def test_requests(self) -> None:
+        """No request is taken for something else, whatever is in it."""
+        for _, line, _ in FOREIGN:
+            peer = Conversation()
+            peer.ask("now", line.decode("latin-1"))
+            self.assertEqual(peer.replies, [line.decode("latin-1")])
+            self.assertEqual(peer.cut_offs, [])
+
+    def test_lines_that_do_not_end(self) -> None:
+        """They are cut off as well where a line is too long, or takes too long."""
+        for who, line, protocol in FOREIGN:
+            for grant in (ANYTHING, None):
+                peer = Conversation(grant=grant)
+                peer.session.receive_too_much(1024, line)
+                peer.session.turn_away(Overloaded("full"), line)
+                self.assertEqual((peer.sent, peer.cut_offs), ([], [protocol]), who)
+                peer = Conversation(grant=grant)
+                peer.session.turn_away(Overloaded("full"), line)
+                self.assertEqual((peer.sent, peer.cut_offs), ([], [protocol]), who)
+
+    def test_later_lines(self) -> None:
+        """It makes no difference what came before, unless something is owed: that is paid."""
+        peer = Conversation()
+        peer.ask("later", "a")
+        peer.runner.finish("a")
+        peer.session.receive(b"")
+        peer.session.receive(b"GET / HTTP/1.1\r")
+        self.assertEqual((peer.gist, peer.cut_offs, peer.hang_ups), (["a"], ["HTTP"], 0))
+        self.assertFalse(peer.session.can_move)
+        peer = Conversation()
+        peer.ask("later", "a")
+        peer.session.receive(b"GET / HTTP/1.1\r")
+        self.assertEqual((peer.cut_offs, peer.hang_ups), ([], 0))
+        peer.runner.finish("a")
+        self.assertEqual((peer.gist, peer.hang_ups), (["a", "malformed"], 1))
+
+
 class TurnAwayTests(SessionTestCase):
     def test_a_peer_that_may_not_stay(self) -> None:
         """A peer that is turned away is told why and hung up on, and its requests are not read."""
@@ -687,7 +1106,7 @@ class CancelTests(SessionTestCase):
         self.ask("later", "a", id=1)
         self.session.cancel("", 1)
         self.runner.finish("a")
-        self.assertEqual(self.peer.gist, [(1, "cancelled")])
+        self.assertEqual(self.peer.gist, [(1, "cancelled"), True])
 
 
 class RequestTests(SessionTestCase):

@@ -13,10 +13,12 @@ from taskd.settings import SMTP_TLS, Settings, SmtpSettings
 
 BOUNDS: dict[str, tuple[str, float, float]] = {
     "port": ("--port", 0, 65535),
+    "tls_port": ("--tls-port", 0, 65535),
     "procs": ("--procs", 1, 1000),
     "threads": ("--threads", 1, 100),
     "max_line_bytes": ("--max-line", 1024, 1024**3),
     "grace_seconds": ("--grace", 0, 86400),
+    "drain_seconds": ("--drain-seconds", 0, 86400),
     "backlog": ("--backlog", 0, 1_000_000),
     "max_in_flight": ("--max-in-flight", 1, 1_000_000),
     "max_connections": ("--max-connections", 1, 10_000_000),
@@ -28,7 +30,8 @@ BOUNDS: dict[str, tuple[str, float, float]] = {
 
 def settings(**fields: Any) -> Settings:
     """Make settings of which only *fields* matter."""
-    return Settings(**{"port": 12345, **fields})
+    needed = {"certificate": "cert.pem", "key": "key.pem"} if "tls_port" in fields else {}
+    return Settings(**{"port": 12345, **needed, **fields})
 
 
 class SettingsTests(SynchronousTestCase):
@@ -82,6 +85,30 @@ class SettingsTests(SynchronousTestCase):
             error = self.assertRaises(SettingsError, settings, task_modules=("good", name))
             self.assertIn(f"--tasks: {name!r}", str(error))
 
+    def test_identity_defaults(self) -> None:
+        """Unless told otherwise, a daemon speaks no TLS, asks nobody, and is not to be exposed."""
+        made = settings()
+        self.assertEqual((made.certificate, made.key, made.client_ca), ("", "", ""))
+        self.assertEqual((made.token_file, made.allow, made.insecure), ("", (), False))
+        self.assertEqual((made.tls_port, made.listen, made.socket_owner), (None, (), ""))
+
+    def test_tls(self) -> None:
+        """A certificate and its key go together, on the port or on one of its own."""
+        pair = {"certificate": "cert.pem", "key": "key.pem"}
+        for fields in ({}, {"tls_port": 0}, {"port": None, "tls_port": 12346}):
+            self.assertEqual(settings(**pair, **fields).key, "key.pem")
+        for fields in ({"certificate": "cert.pem"}, {"key": "key.pem"}):
+            error = self.assertRaises(SettingsError, settings, **fields)
+            self.assertIn("--tls and --key: give both", str(error))
+
+    def test_tls_of_no_use(self) -> None:
+        """A port for TLS without a certificate, and a certificate without a port, are refused."""
+        error = self.assertRaises(SettingsError, Settings, 12345, tls_port=12346)
+        self.assertIn("--tls-port is of no use without --tls", str(error))
+        fields = {"certificate": "cert.pem", "key": "key.pem", "listen": ("unix:/run/x",)}
+        error = self.assertRaises(SettingsError, settings, port=None, **fields)
+        self.assertIn("--tls is of no use without a port", str(error))
+
     def test_frozen(self) -> None:
         """Settings cannot be changed once they are made."""
         with self.assertRaises(dataclasses.FrozenInstanceError):
@@ -102,10 +129,20 @@ class SettingsTests(SynchronousTestCase):
                 max_tasks=5,
                 max_rss_bytes=6 * 2**20,
             ),
+            settings(
+                listen=("unix:/run/x", "tcp:0"),
+                tls_port=0,
+                client_ca="ca.pem",
+                token_file="tokens",
+                allow=(("web", ("echo", "image.*")), ("*", ("mail",))),
+                socket_owner=":web",
+                insecure=True,
+            ),
         ):
             again = Settings.from_json(json.loads(json.dumps(made.to_json())))
             self.assertEqual(again, made)
             self.assertIs(type(again.task_modules), tuple)
+            self.assertEqual(hash(again.allow), hash(made.allow))
 
     def test_another_process_checks_again(self) -> None:
         """Settings from JSON are checked like all others."""

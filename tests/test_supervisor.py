@@ -25,11 +25,13 @@ from taskd.children import Worker
 from taskd.endpoints import listeners_from
 from taskd.errors import StartFailed
 from taskd.link import Offer
+from taskd.notify import Notifier
 from taskd.ports import Ports
 from taskd.process import Title
 from taskd.scoreboard import Scoreboard
 from taskd.settings import Settings
 from taskd.slots import NAME_BYTES, Slot
+from taskd.states import State
 from taskd.supervisor import Supervisor
 from taskd.zygote import CONTROL_FD, LISTENING_FD, SCOREBOARD_FD
 from tests.support import MemoryTransport
@@ -292,11 +294,20 @@ class Machine(Clock):
 
 class SupervisorTestCase(SynchronousTestCase):
     procs = 2
+    drain_seconds = 0.0
+    watchdog_seconds: float | None = None
 
     def setUp(self) -> None:
+        self.noted: list[str] = []
         self._keep_this_process_as_it_is()
         self.machine = Machine()
-        settings = Settings(port=0, procs=self.procs, grace_seconds=GRACE, backlog=2)
+        settings = Settings(
+            port=0,
+            procs=self.procs,
+            grace_seconds=GRACE,
+            drain_seconds=self.drain_seconds,
+            backlog=2,
+        )
         self.supervisor = Supervisor(
             settings,
             Ports(settings, listeners_from(settings)),
@@ -304,8 +315,13 @@ class SupervisorTestCase(SynchronousTestCase):
             clock=self.machine.seconds,
             adopt=self.machine.adopt,
             set_signal=self.machine.set_signal,
+            notifier=Notifier(self._note, self.watchdog_seconds),
         )
         self.addCleanup(self._close)
+
+    def _note(self, message: bytes) -> bool:
+        self.noted.append(message.decode())
+        return True
 
     def _keep_this_process_as_it_is(self) -> None:
         """Take back what a supervisor tells the kernel about its process."""
@@ -501,7 +517,10 @@ class WorkerTests(SupervisorTestCase):
         seen: list[Any] = []
         globalLogPublisher.addObserver(seen.append)
         self.addCleanup(globalLogPublisher.removeObserver, seen.append)
-        first.say(b'log {"level": "warn", "namespace": "taskd.task", "text": "hot {x}"}')
+        first.say(
+            b'log {"time": 1.5, "level": "warn", "logger": "taskd.task", "message": "hot {x}", '
+            b'"fields": {}}'
+        )
         (event,) = (e for e in seen if e["log_namespace"] == "taskd.task")
         self.assertEqual(event["log_level"], LogLevel.warn)
         self.assertEqual(formatEvent(event), "worker 1: hot {x}")
@@ -1098,6 +1117,158 @@ class ZygoteTests(SupervisorTestCase):
         self.assertEqual(len(self.machine.zygotes), 2)
 
 
+class NotifyTests(SupervisorTestCase):
+    """What the service manager is told."""
+
+    def events(self) -> list[str]:
+        """Give what it was told, but for figures and signs of life."""
+        told = [message.partition("=")[0] for message in self.noted]
+        return [name for name in told if name not in ("STATUS", "WATCHDOG")]
+
+    def test_a_start(self) -> None:
+        """It is told that the daemon is ready when the first worker accepts."""
+        zygote = self.start()
+        self.assertEqual(self.noted, ["STATUS=starting: the task modules are imported"])
+        first, second = zygote.fork(1), zygote.fork(2)
+        self.assertEqual(self.events(), [])
+        first.become_ready()
+        self.assertEqual(self.events(), ["READY"])
+        second.become_ready()
+        self.machine.advance(1)
+        self.assertEqual(self.events(), ["READY"])
+        self.assertIn(
+            "STATUS=2 workers: 2 idle, 0 busy; 0 tasks wait; 0 done, 0 failed", self.noted
+        )
+
+    def test_a_reload(self) -> None:
+        """A reload is over when every worker of the old code has been told to go."""
+        self.start_whole()
+        self.machine.interrupt(signal.SIGHUP)
+        self.assertEqual(self.noted[-1], "RELOADING=1\nMONOTONIC_USEC=1060000000")
+        self.machine.advance(1)
+        new = self.machine.zygotes[1]
+        new.say(loaded=True)
+        new.fork(3).become_ready()
+        self.machine.advance(1)
+        self.assertEqual(self.events(), ["READY", "RELOADING"])
+        new.fork(4).become_ready()
+        self.machine.advance(1)
+        self.assertEqual(self.events(), ["READY", "RELOADING", "READY"])
+
+    def test_a_reload_that_fails(self) -> None:
+        """A reload that fails is over, and the manager is told why."""
+        self.start_whole()
+        self.machine.interrupt(signal.SIGHUP)
+        self.machine.zygotes[1].say(failed="no such module")
+        self.machine.advance(1)
+        self.assertEqual(self.events(), ["READY", "RELOADING", "READY"])
+        self.assertTrue(self.noted[-1].endswith("the old code serves on: no such module"))
+
+    def test_a_stop(self) -> None:
+        """A stop is told, with the time until all that is left has been killed."""
+        self.start_whole()
+        self.supervisor.stopService()
+        (told,) = (message for message in self.noted if message.startswith("STOPPING=1\n"))
+        microseconds = int(told.rpartition("EXTEND_TIMEOUT_USEC=")[2])
+        self.assertGreater(microseconds / 1e6, GRACE + 2 + 2)
+
+
+class WatchdogTests(SupervisorTestCase):
+    """The service manager's watchdog."""
+
+    watchdog_seconds = 10.0
+
+    def advance(self, seconds: int, *living: FakeWorker) -> int:
+        """Let time pass in which these workers answer; tell how often the watchdog was fed."""
+        before, asked = self.noted.count("WATCHDOG=1"), 0
+        for _ in range(10 * seconds):
+            self.machine.advance(0.1)
+            if asked < (asked := sum(worker.times_asked for worker in living)):
+                for worker in living:
+                    worker.slot.beats(self.machine.seconds())
+        return self.noted.count("WATCHDOG=1") - before
+
+    def test_an_idle_pool(self) -> None:
+        """Of workers that idle one is woken now and then, and the watchdog fed."""
+        _, (first, second) = self.start_whole()
+        first.slot.beats(self.machine.seconds())
+        before = second.times_asked
+        self.assertGreaterEqual(self.advance(60, first), 12)
+        self.assertEqual(second.times_asked, before)
+        self.assertLessEqual(first.times_asked, 20 + before)
+
+    def test_one_that_does_not_answer(self) -> None:
+        """If the one that was woken does not answer, another one does."""
+        _, (first, second) = self.start_whole()
+        first.slot.beats(self.machine.seconds())
+        self.assertGreaterEqual(self.advance(60, second), 12)
+
+    def test_none_answers(self) -> None:
+        """A pool in which nobody answers is not fed."""
+        self.start_whole()
+        self.advance(20)
+        self.assertEqual(self.advance(60), 0)
+
+    def test_old_code(self) -> None:
+        """Workers that wait for their successors count as well: they serve."""
+        _, (first, second) = self.start_whole()
+        self.machine.interrupt(signal.SIGHUP)
+        self.machine.zygotes[1].say(loaded=True)
+        self.advance(20, first, second)
+        self.assertGreaterEqual(self.advance(60, first, second), 12)
+
+
+class DrainTests(SupervisorTestCase):
+    """A stop before which all goes on for a while."""
+
+    drain_seconds = 3.0
+
+    def is_draining(self) -> bool:
+        return self.machine.zygotes[0].scoreboard.supervisor_slot().state is State.DRAINING
+
+    def test_all_goes_on(self) -> None:
+        """Until its time is over a daemon that drains listens, and replaces dead workers."""
+        zygote, (first, second) = self.start_whole()
+        self.assertFalse(self.is_draining())
+        stopped = self.supervisor.stopService()
+        self.assertTrue(self.is_draining())
+        self.machine.advance(1)
+        with socket.create_connection(zygote.listening.getsockname()):
+            pass
+        first.die()
+        self.assertEqual(zygote.orders, [{"fork": [1]}])
+        again = zygote.fork(1).become_ready()
+        self.machine.advance(1.9)
+        self.assertEqual((again.orders, second.orders), ([], []))
+        self.machine.advance(0.1)
+        for worker in (again, second):
+            self.assertEqual(worker.orders, [b"stop"])
+            worker.leave()
+        zygote.end()
+        self.assertIsNone(self.successResultOf(stopped))
+
+    def test_told_again(self) -> None:
+        """Told again to stop, it does so at once, and once."""
+        zygote, workers = self.start_whole()
+        self.supervisor.stopService()
+        self.supervisor.hurry()
+        for worker in workers:
+            self.assertEqual(worker.orders, [b"stop"])
+        killed = [{"kill": worker.pid, "signal": KILLED} for worker in workers]
+        self.assertEqual([o for o in zygote.orders if "kill" in o], killed)
+        self.machine.advance(5)
+        for worker in workers:
+            self.assertEqual(worker.orders, [b"stop"])
+
+    def test_the_manager_knows(self) -> None:
+        """The service manager is asked for the time of both, the draining and the grace."""
+        self.start_whole()
+        self.supervisor.stopService()
+        (told,) = [note for note in self.noted if "STOPPING=1" in note]
+        asked_for = int(told.partition("EXTEND_TIMEOUT_USEC=")[2].split()[0])
+        self.assertGreaterEqual(asked_for, (self.drain_seconds + GRACE) * 1e6)
+
+
 class StopTests(SupervisorTestCase):
     def stop(self) -> Deferred[None]:
         return self.supervisor.stopService()
@@ -1139,6 +1310,16 @@ class StopTests(SupervisorTestCase):
         self.assertEqual(second.orders[1:], [b'run 1 - {"function":"task7"}', b"go"])
         second.say(b"ended 1 null")
         self.assertEqual(first.orders, [b"stop", b"ended 7 null"])
+
+    def test_tasks_that_wait_for_a_late_worker(self) -> None:
+        """A worker that begins to accept only after the stop is given what waits."""
+        zygote = self.start()
+        first, second = zygote.fork(1).become_ready(), zygote.fork(2)
+        first.slot.take(LABEL, 1000.0)
+        self.stop()
+        second.become_ready()
+        first.offer(7)
+        self.assertEqual(second.orders, [b"stop", b'run 1 - {"function":"task7"}'])
 
     def test_tasks_that_wait_too_long(self) -> None:
         """When the grace is over the tasks that wait are answered, and whoever waited may go."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from twisted.application.service import IService
+from twisted.application.service import Application, IService
+from twisted.logger import ILogObserver, LogLevel
+from twisted.python import usage
 from twisted.trial.unittest import SynchronousTestCase
 
 from taskd import __version__
@@ -61,6 +64,7 @@ class DefaultTests(TapTestCase):
                 threads=1,
                 max_line_bytes=DEFAULT_MAX_LINE_BYTES,
                 grace_seconds=30.0,
+                drain_seconds=0.0,
                 backlog=10_000,
                 max_in_flight=1024,
                 max_connections=None,
@@ -78,10 +82,14 @@ class DefaultTests(TapTestCase):
         settings = self.settings(
             *("--port", "0", "--interface", "::1", "--procs", "3", "--threads", "2"),
             *("--max-line", "2048", "--grace", "1.5", "--tasks", "mail"),
+            *("--drain-seconds", "2.5"),
             *("--backlog", "7", "--max-in-flight", "8", "--max-connections", "9"),
             *("--first-line-timeout", "2.5", "--idle-timeout", "3.5"),
             *("--max-tasks", "1000", "--max-rss", "1.5"),
             *("--smtp", "mx:25", "--no-preload", "--debug"),
+            *("--tls", "cert.pem", "--key", "key.pem", "--tls-port", "12346"),
+            *("--client-ca", "ca.pem", "--token-file", "tokens", "--allow", "web=echo"),
+            *("--listen", "unix:/run/taskd.sock", "--socket-owner", ":web", "--insecure"),
         )
         self.assertEqual(
             settings,
@@ -94,6 +102,7 @@ class DefaultTests(TapTestCase):
                 threads=2,
                 max_line_bytes=2048,
                 grace_seconds=1.5,
+                drain_seconds=2.5,
                 backlog=7,
                 max_in_flight=8,
                 max_connections=9,
@@ -103,6 +112,15 @@ class DefaultTests(TapTestCase):
                 max_rss_bytes=3 * 2**19,
                 debug=True,
                 smtp=SmtpSettings(host="mx", port=25),
+                certificate="cert.pem",
+                key="key.pem",
+                tls_port=12346,
+                client_ca="ca.pem",
+                token_file="tokens",
+                allow=(("web", ("echo",)),),
+                listen=("unix:/run/taskd.sock",),
+                socket_owner=":web",
+                insecure=True,
             ),
         )
 
@@ -129,6 +147,7 @@ class RangeTests(TapTestCase):
             ("--threads", 1, 100, 1),
             ("--max-line", 1024, 1024**3, 1),
             ("--grace", 0, 86400, 0.5),
+            ("--drain-seconds", 0, 86400, 0.5),
             ("--backlog", 0, 1_000_000, 1),
             ("--max-in-flight", 1, 1_000_000, 1),
             ("--max-connections", 1, 10_000_000, 1),
@@ -196,6 +215,77 @@ class TasksTests(TapTestCase):
             self.assertIn(repr(name), self.refused("--tasks", name))
 
 
+class AllowTests(TapTestCase):
+    def allow(self, *rules: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return self.settings(*(word for rule in rules for word in ("--allow", rule))).allow
+
+    def test_rules(self) -> None:
+        """A rule lets an identity call some functions; there may be several, in their order."""
+        self.assertEqual(
+            self.allow("web=send_mail,echo", " ops = * ", "web=image.*, ,mail"),
+            (
+                ("web", ("send_mail", "echo")),
+                ("ops", ("*",)),
+                ("web", ("image.*", "mail")),
+            ),
+        )
+
+    def test_a_subject(self) -> None:
+        """An identity may be the subject of a certificate: its last = is the rule's."""
+        self.assertEqual(self.allow("O=acme,OU=web=echo"), (("O=acme,OU=web", ("echo",)),))
+
+    def test_what_is_no_rule(self) -> None:
+        """A rule without an identity or without a function is refused with an example."""
+        for rule in ("web", "web=", "=echo", " =echo", "web= , ", ""):
+            self.assertIn(f"--allow {rule}: give IDENTITY=", self.refused("--allow", rule))
+
+    def test_two_parsings(self) -> None:
+        """What one parsing has collected is not the next one's."""
+        self.allow("web=echo")
+        self.assertEqual(self.allow(), ())
+
+
+class ListenTests(TapTestCase):
+    def test_where_nothing_is_said(self) -> None:
+        """The port has its default unless it is said where to listen."""
+        self.assertEqual((self.settings().port, self.settings().listen), (12345, ()))
+        settings = self.settings("--listen", "tcp:0", "--listen", "unix:/run/x")
+        self.assertEqual((settings.port, settings.listen), (None, ("tcp:0", "unix:/run/x")))
+        self.assertEqual(self.settings("--listen", "tcp:0", "--port", "7").port, 7)
+        self.assertEqual(self.settings().listen, ())
+
+    def test_what_is_no_endpoint(self) -> None:
+        """A description that is none is refused before anything starts."""
+        self.assertIn("--listen nowhere:", self.refused("--listen", "nowhere:"))
+
+    def test_tls(self) -> None:
+        """A certificate without its key is refused, by the names of the options."""
+        self.assertIn("--tls and --key: give both", self.refused("--tls", "cert.pem"))
+        self.assertIn("--tls-port is of no use", self.refused("--tls-port", "1"))
+
+
+class TokenFileTests(TapTestCase):
+    def token_file(self, *args: str, **environ: str) -> str:
+        return settings_from(self.parsed(*args), environ).token_file
+
+    def test_systemds_credential(self) -> None:
+        """Where systemd passes a file of tokens it is taken, unless another one is named."""
+        directory = str(self.directory)
+        self.assertEqual(self.token_file(CREDENTIALS_DIRECTORY=directory), "")
+        path = self.directory / "taskd.token"
+        path.write_text("a token 0123456789")
+        self.assertEqual(self.token_file(CREDENTIALS_DIRECTORY=directory), str(path))
+        named = self.token_file("--token-file", "mine", CREDENTIALS_DIRECTORY=directory)
+        self.assertEqual(named, "mine")
+
+    def test_the_working_directory(self) -> None:
+        """A file of that name that happens to be in the working directory is none of systemd's."""
+        (self.directory / "taskd.token").write_text("a token 0123456789")
+        self.assertEqual(self.token_file(), "")
+        self.assertEqual(self.token_file(CREDENTIALS_DIRECTORY=""), "")
+        self.assertEqual(self.token_file(CREDENTIALS_DIRECTORY="."), "")
+
+
 class InterfaceTests(TapTestCase):
     def test_loopback(self) -> None:
         """Every address of this machine alone is safe."""
@@ -203,16 +293,16 @@ class InterfaceTests(TapTestCase):
             self.assertEqual(self.settings("--interface", interface).interface, interface)
 
     def test_what_others_can_reach(self) -> None:
-        """An address that others can reach, or that may be one, is refused."""
+        """An address that others can reach is looked at when it is bound, and taken until then."""
         for interface in ("0.0.0.0", "::", "192.168.0.1", "example.org", "127.1", "0177.0.0.1"):
-            refused = self.refused("--interface", interface)
-            self.assertIn(f"--interface {interface}", refused)
-            self.assertIn("--insecure", refused)
+            settings = self.settings("--interface", interface)
+            self.assertEqual((settings.interface, settings.insecure), (interface, False))
+            service = makeService(self.parsed("--interface", interface))
+            self.assertFalse(service.running)
 
     def test_insecure(self) -> None:
-        """Any address is taken from an operator who says that it is meant."""
-        settings = self.settings("--interface", "0.0.0.0", "--insecure")
-        self.assertEqual(settings.interface, "0.0.0.0")
+        """An operator may say that exposed addresses are meant."""
+        self.assertTrue(self.settings("--interface", "0.0.0.0", "--insecure").insecure)
 
 
 class SmtpTests(TapTestCase):
@@ -293,6 +383,155 @@ class SmtpTests(TapTestCase):
         smtp = self.smtp(environ={"TASKD_SMTP_LOGIN": "me:secret"})
         self.assertIn("me", repr(smtp))
         self.assertNotIn("secret", repr(smtp))
+
+
+class ConfigTests(TapTestCase):
+    def file(self, text: str, name: str = "taskd.toml") -> str:
+        (self.directory / name).write_text(text)
+        return name
+
+    def test_the_command_line_wins(self) -> None:
+        """What is said on the command line wins over the file, though it be the default."""
+        file = self.file("threads = 5\nport = 7\ngrace = 3\ndebug = true\n")
+        settings = self.settings("--config", file, "--threads", "1", "--port", "0")
+        self.assertEqual((settings.threads, settings.port), (1, 0))
+        self.assertEqual((settings.grace_seconds, settings.debug), (3.0, True))
+        self.assertEqual(settings.backlog, Settings(port=0).backlog)
+
+    def test_lists(self) -> None:
+        """What may be repeated stands on the command line in place of the file's."""
+        file = self.file('tasks = ["a", "b"]\nlisten = ["tcp:1"]\n[allow]\nweb = ["echo"]\n')
+        settings = self.settings("--config", file)
+        self.assertEqual((settings.task_modules, settings.listen), (("a", "b"), ("tcp:1",)))
+        self.assertEqual((settings.allow, settings.port), ((("web", ("echo",)),), None))
+        more = ("--tasks", "c", "--listen", "tcp:2", "--allow", "ops=*")
+        settings = self.settings("--config", file, *more)
+        self.assertEqual((settings.task_modules, settings.listen), (("c",), ("tcp:2",)))
+        self.assertEqual(settings.allow, (("ops", ("*",)),))
+
+    def test_flags(self) -> None:
+        """A flag may be set in the file or on the command line."""
+        off, on = self.file("debug = false"), self.file("debug = true", "on.toml")
+        self.assertFalse(self.settings("--config", off).debug)
+        self.assertTrue(self.settings("--config", off, "--debug").debug)
+        self.assertTrue(self.settings("--config", on).debug)
+
+    def test_a_login_beside_the_file(self) -> None:
+        """A relative path in a file is found from wherever the daemon is started."""
+        (self.directory / "login").write_text("me:secret")
+        file = self.directory / self.file('smtp = "mx:25"\nsmtp-login = "login"\n')
+        os.chdir("/")
+        smtp = self.settings("--config", str(file)).smtp
+        assert smtp is not None
+        self.assertEqual(smtp.user, "me")
+
+    def test_what_cannot_be(self) -> None:
+        """What cannot be is refused with the file and the key, or the option, where it stands."""
+        for text, args, words in (
+            ("threads = 0", (), "taskd.toml: threads: a number from 1 to 100, not 0"),
+            ("threads = 1", ("--threads", "0"), "--threads: a number from 1 to 100, not 0"),
+            ("threads = '1'", (), "taskd.toml: threads: a whole number is needed"),
+            ("tls-port = 1", (), "taskd.toml: tls-port is of no use without"),
+            ('listen = ["nowhere:"]', (), "taskd.toml: listen nowhere:"),
+            ('log-level = "loud"', (), "taskd.toml: log-level: one of debug, info, warn, error"),
+            ("thread = 1", (), "taskd.toml: there is no option 'thread'"),
+            ("", ("--config", "other.toml"), "--config other.toml: there is one already"),
+        ):
+            refused = self.refused("--config", self.file(text), *args)
+            self.assertTrue(refused.startswith(f"twistd taskd: {words}"), refused)
+        self.assertIn("--config nowhere: No such file", self.refused("--config", "nowhere"))
+
+
+class CheckTests(TapTestCase):
+    def check(self, *args: str) -> tuple[Any, str, str]:
+        """Give the exit status, or the message in its place, and what is shown on both streams."""
+        out, errors = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(errors), self.assertRaises(SystemExit) as caught:
+            self.parsed("--check", *args)
+        return caught.exception.code, out.getvalue(), errors.getvalue()
+
+    def test_good(self) -> None:
+        """What could be started is told in one line, with status 0."""
+        told = self.check("--procs", "3", "--listen", "unix:/run/x", "--port", "5")
+        good = (
+            "taskd: the configuration is good: 3 workers, tasks: echo, send_mail; "
+            "listens on 127.0.0.1 port 5, unix:/run/x\n"
+        )
+        self.assertEqual(told, (0, good, ""))
+
+    def test_warnings(self) -> None:
+        """What could be started, but is not safe perhaps, is told as well."""
+        status, good, warnings = self.check("--interface", "0.0.0.0", "--insecure")
+        self.assertEqual((status, good.count("\n"), warnings.count("\n")), (0, 1, 1))
+        self.assertIn("taskd: --insecure: whoever can reach 0.0.0.0 port", warnings)
+
+    def test_what_cannot_be(self) -> None:
+        """What cannot be started is told in one line, which is no 0 for an exit status."""
+        for args, words in (
+            (("--tasks", "no_such_module"), "--tasks no_such_module"),
+            (("--token-file", "nowhere"), "--token-file nowhere"),
+            (("--interface", "0.0.0.0"), "whoever can reach 0.0.0.0 port 12345 could run tasks"),
+            (("--threads", "0"), "--threads: a number from"),
+        ):
+            message, out, errors = self.check(*args)
+            self.assertTrue(message.startswith("twistd taskd: "), message)
+            self.assertIn(words, message)
+            self.assertEqual((message.count("\n"), out, errors), (0, "", ""))
+
+
+class LogTests(TapTestCase):
+    def under_twistd(self, *args: str, **twistd: Any) -> Options:
+        """Parse options as twistd's own options have them parsed."""
+        options = Options()
+        options.parent = usage.Options()
+        options.parent.update(twistd)
+        options.parseOptions(args)
+        return options
+
+    def observer(self, *args: str, **twistd: Any) -> Any:
+        """Give what writes the log of the application that the daemon becomes part of."""
+        self.addCleanup(setattr, sys, "excepthook", sys.excepthook)
+        application = Application("taskd")
+        makeService(self.under_twistd(*args, **twistd)).setServiceParent(application)
+        return application.getComponent(ILogObserver, None)
+
+    def test_json(self) -> None:
+        """The application writes the log in the format, and from the level, that was asked for."""
+        with redirect_stdout(io.StringIO()) as out:
+            write = self.observer("--log-format", "json", "--log-level", "warn", nodaemon=True)
+        for level in (LogLevel.info, LogLevel.warn):
+            write({"log_format": "x", "log_level": level, "log_namespace": "a", "log_time": 1.0})
+        self.assertEqual(json.loads(out.getvalue())["level"], "warn")
+
+    def test_text(self) -> None:
+        """Unless told otherwise the log is text, from the level info."""
+        with redirect_stdout(io.StringIO()) as out:
+            write = self.observer(nodaemon=True)
+        for level in (LogLevel.debug, LogLevel.info):
+            write({"log_format": "x", "log_level": level, "log_namespace": "a", "log_time": 1.0})
+        self.assertIn(" [a#info] x\n", out.getvalue())
+        self.assertEqual(out.getvalue().count("\n"), 1)
+
+    def test_a_logger_of_the_operators_own(self) -> None:
+        """A --logger of twistd's is left to write the log, and cannot be told the format."""
+        self.assertIsNone(self.observer(logger="my.logger"))
+        with self.assertRaises(SystemExit) as caught:
+            self.under_twistd("--log-format", "json", logger="my.logger")
+        self.assertIn(
+            "--log-format json is of no use with twistd's --logger", str(caught.exception)
+        )
+
+    def test_without_twistd(self) -> None:
+        """In another program's tree of services the log is that program's."""
+        application = Application("other")
+        self.addCleanup(setattr, sys, "excepthook", sys.excepthook)
+        makeService(self.parsed()).setServiceParent(application)
+        self.assertIsNone(application.getComponent(ILogObserver, None))
+
+    def test_what_cannot_be(self) -> None:
+        """Another format or level is refused with those that there are."""
+        self.assertIn("--log-format: one of text, json", self.refused("--log-format", "xml"))
+        self.assertIn("one of debug, info, warn, error", self.refused("--log-level", "loud"))
 
 
 class ServiceTests(TapTestCase):

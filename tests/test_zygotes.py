@@ -130,7 +130,7 @@ class ZygotesTestCase(SynchronousTestCase):
 
     def start(self) -> FakeZygote:
         """Start, and have the first zygote live for a while."""
-        self.zygotes.start()
+        self.zygotes.start(self.machine.credentials())
         self.machine.advance(60)
         return self.made[0]
 
@@ -154,6 +154,13 @@ class StartTests(ZygotesTestCase):
         self.assertEqual((spec["directory"], spec["grace_seconds"]), (os.getcwd(), 7.5))
         self.assertEqual(spec["settings"]["grace_seconds"], 7.5)
 
+    def test_its_credentials(self) -> None:
+        """It is told what callers are shown and have to show, and how many sockets there are."""
+        spec = self.start().spec
+        expected = Credentials(tokens=(("web", "0"),), key_pairs=(None,))
+        self.assertEqual(Credentials.from_json(spec["credentials"]), expected)
+        self.assertEqual(spec["listening"], 1)
+
     def test_imports_that_cannot_be_shared(self) -> None:
         """Once one could not share its imports, no later one tries to."""
         self.zygotes.zygote_cannot_preload("they start threads")
@@ -175,7 +182,7 @@ class DeathTests(ZygotesTestCase):
 
     def test_one_that_dies_young(self) -> None:
         """Zygotes that die at their start are replaced ever later."""
-        self.zygotes.start()
+        self.zygotes.start(self.machine.credentials())
         for number, delay in enumerate((0.1, 0.2, 0.4), 2):
             self.made[-1].die(1 << 8)
             self.machine.advance(delay - 0.01)
@@ -294,6 +301,39 @@ class ReloadTests(ZygotesTestCase):
         assert self.machine.reload is not None
         self.assertIn("no processes", self.machine.reload["failure"])
         self.assertNumbers(self.zygotes.all(), [0])
+
+    def test_credentials_are_read_anew(self) -> None:
+        """A reload takes what is in the files then, and so does a zygote that is replaced later."""
+        self.start()
+        self.zygotes.reload()
+        self.made[1].load()
+        self.machine.advance(60)
+        self.made[1].die()
+        self.machine.advance(0)
+        tokens = [zygote.spec["credentials"]["tokens"] for zygote in self.made]
+        self.assertEqual(tokens, [(("web", "0"),), (("web", "1"),), (("web", "1"),)])
+
+    def test_credentials_that_cannot_be_used(self) -> None:
+        """If the credentials cannot be used the old ones are used on, and the reason is shown."""
+        old = self.start()
+        self.machine.refusals = ["--token-file tokens, line 1: no"]
+        self.zygotes.reload()
+        shown = {"seconds_ago": 0.0, "failure": "--token-file tokens, line 1: no"}
+        self.assertEqual(self.machine.reload, shown)
+        self.assertEqual(self.made, [old])
+        self.assertIs(self.zygotes.loaded, old)
+        old.die()
+        self.machine.advance(0)
+        self.assertEqual(self.made[1].spec["credentials"], old.spec["credentials"])
+
+    def test_a_new_one_that_cannot_have_them(self) -> None:
+        """If no new zygote can be spawned the old credentials are used on as well."""
+        old = self.start()
+        self.machine.spawn_errors = [OSError(11, "no processes")]
+        self.zygotes.reload()
+        old.die()
+        self.machine.advance(0)
+        self.assertEqual(self.made[1].spec["credentials"], old.spec["credentials"])
 
     def test_after_a_failure(self) -> None:
         """A reload that goes well ends the showing of an earlier failure."""

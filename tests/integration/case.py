@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.integration.daemon import (
     Connection,
     Daemon,
+    Ended,
     Process,
     touch_if_possible,
     wait_until,
 )
 
-__all__ = ["DaemonTestCase", "lines_of", "number_of_fds"]
+__all__ = ["QUICK_SECONDS", "DaemonTestCase", "RefusedTestCase", "lines_of", "number_of_fds"]
+
+QUICK_SECONDS: Final = 10.0
+"""How soon a start that fails must be over; a busy machine needs most of it."""
+
+_STARTS_AT_ONCE: Final = 4
 
 
 def number_of_fds(pid: int) -> int:
@@ -94,6 +104,17 @@ class DaemonTestCase(SynchronousTestCase):
         for pid in pids:
             wait_until(lambda pid=pid: Process.read(pid) is None, what=f"the end of {pid}")
 
+    def reload_failure(self, daemon: Daemon) -> str:
+        """Tell why the last reload has failed, or ''."""
+        reload = daemon.status()["supervisor"]["reload"]
+        return (reload and reload["failure"]) or ""
+
+    def load_anew(self, daemon: Daemon) -> None:
+        """Have the daemon load all anew, and wait until its new workers have taken over."""
+        before = daemon.workers()
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_until_new(before)
+
     def wait_for_log(self, daemon: Daemon, *words: str) -> None:
         """Wait until the daemon's log has each of these."""
         for word in words:
@@ -109,8 +130,35 @@ class DaemonTestCase(SynchronousTestCase):
             self.assertIn(word, error["message"])
         return error
 
+    def assert_goodbye(self, connection: Connection) -> None:
+        """The daemon says that it will answer no more, and nothing else, and hangs up."""
+        (line,) = connection.rest().splitlines()
+        self.assert_error(json.loads(line), "shutting-down", "goodbye")
+
     def assert_port_is_free(self, daemon: Daemon) -> None:
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             again.bind(("127.0.0.1", daemon.port))
             again.listen()
+
+
+class RefusedTestCase(SynchronousTestCase):
+    """Base of tests of starts that fail: one line on stderr, status 1, no process left."""
+
+    def refuse(self, *options: str, tasks: str | None = None, **more: Any) -> Ended:
+        """Start a daemon that cannot be, and see it end."""
+        return Daemon(*options, tasks=tasks, **more).run(QUICK_SECONDS)
+
+    def refuse_all(self, *starts: Sequence[str], **more: Any) -> list[Ended]:
+        """Start daemons that cannot be, a few at a time, and see them end."""
+        with ThreadPoolExecutor(_STARTS_AT_ONCE) as pool:
+            return list(pool.map(lambda options: self.refuse(*options, **more), starts))
+
+    def assert_refused(self, ended: Ended, *words: str) -> None:
+        self.assertEqual(ended.status, 1, ended)
+        lines = ended.errors.splitlines()
+        self.assertEqual(len(lines), 1, ended.errors)
+        for word in words:
+            self.assertIn(word, lines[0])
+        self.assertNotIn("Traceback", ended.output)
+        self.assertNotIn("Unhandled", ended.output)

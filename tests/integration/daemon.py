@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -32,6 +32,7 @@ __all__ = [
     "CHECKOUT",
     "SAMPLE_TASKS",
     "TWISTD",
+    "WAIT_SECONDS",
     "Connection",
     "Daemon",
     "Ended",
@@ -41,6 +42,7 @@ __all__ = [
     "temporary_directory",
     "touch_if_possible",
     "wait_until",
+    "write_secret",
 ]
 
 CHECKOUT: Final = Path(__file__).resolve().parent.parent.parent
@@ -107,6 +109,14 @@ def touch_if_possible(path: Path) -> None:
         path.touch()
 
 
+def write_secret(path: Path, text: str, mode: int = 0o600) -> None:
+    """Write a file, in the place of one that is there, which none but its owner may read."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.chmod(mode)
+    new.rename(path)
+
+
 @dataclass(frozen=True)
 class Process:
     """
@@ -157,8 +167,18 @@ class Connection:
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self._socket = socket.create_connection((host, port), WAIT_SECONDS)
-        self._lines = self._socket.makefile("rb")
+        self._talk_over(socket.create_connection((host, port), WAIT_SECONDS))
+
+    def _talk_over(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._lines = connected.makefile("rb")
+
+    @classmethod
+    def over(cls, connected: socket.socket) -> Connection:
+        """Make one of a socket that is connected already, by TLS perhaps."""
+        connection = cls.__new__(cls)
+        connection._talk_over(connected)
+        return connection
 
     def __enter__(self) -> Connection:
         """Give itself; it is closed at the end of the block."""
@@ -245,54 +265,74 @@ class Daemon:
     Args:
         options: Further words for ``twistd taskd``.
         procs: How many workers; None leaves it to the daemon, which takes ten a core.
-        port: Where it listens; 0 lets the kernel choose.
+        port: Where it listens; 0 lets the kernel choose. None leaves out the option.
         host: Where callers find it.
+        caller: Opens a connection over which all may be asked; None: a plain one to *host*.
         tasks: Task modules; None leaves out the option.
         files: Files to write into the directory first, by name.
+        secrets: As *files*, for the eyes of their owner alone.
         environ: What is added to the environment.
         twistd: The program.
         in_background: True: twistd leaves the daemon behind and ends.
+        most_fds: How many files each of its processes may have open; None: as many as we.
+        under: A program, and its arguments, that is to run twistd.
+        fds: Further files that it inherits, under the numbers that they have here.
 
     Attributes:
         directory: Where it runs.
         process: The twistd process, once it has been started.
         procs: How many workers a whole pool has.
-        port: Where it really listens, once it is ready.
+        port: Where it really listens, once it is ready; the first port, if there are several.
+        addresses: All places where it listens, as the log has them.
     """
 
     def __init__(
         self,
         *options: str,
         procs: int | None = 1,
-        port: int = 0,
+        port: int | None = 0,
         host: str = "127.0.0.1",
+        caller: Callable[[Daemon], Connection] | None = None,
         tasks: str | None = str(SAMPLE_TASKS),
         files: Mapping[str, str] | None = None,
+        secrets: Mapping[str, str] | None = None,
         environ: Mapping[str, str] | None = None,
         twistd: Path = TWISTD,
         in_background: bool = False,
+        most_fds: int | None = None,
+        under: Sequence[str] = (),
+        fds: Sequence[int] = (),
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="taskd-test-"))
-        self.port = port
+        self.port = port or 0
+        self.addresses = ""
         self.procs = _PROCS_PER_CORE * (os.cpu_count() or 1) if procs is None else procs
         self.process: subprocess.Popen[bytes] | None = None
         self._host = host
+        self._caller = caller
         self._is_in_background = in_background
+        self._fds = tuple(fds)
         self._mark = uuid.uuid4().hex
         for name, text in (files or {}).items():
             path = self.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+        for name, text in (secrets or {}).items():
+            write_secret(self.directory / name, text)
         if in_background:
             twistd_options = ("--logfile", _LOG_FILE, "--pidfile", _PID_FILE)
         else:
             twistd_options = ("-n", "--pidfile=")
-        self._command = [str(twistd), *twistd_options, "taskd", "--port", str(port)]
+        self._command = [str(twistd), *twistd_options, "taskd"]
+        if port is not None:
+            self._command += ["--port", str(port)]
+        if most_fds is not None:
+            self._command = ["prlimit", f"--nofile={most_fds}", *self._command]
         if procs is not None:
             self._command += ["--procs", str(procs)]
         if tasks is not None:
             self._command += ["--tasks", tasks]
-        self._command += options
+        self._command = [*under, *self._command, *options]
         self._environ = {**os.environ, **(environ or {}), _MARK: self._mark}
 
     # Its life.
@@ -309,6 +349,7 @@ class Daemon:
                 stdout=output_file,
                 stderr=errors_file,
                 start_new_session=True,
+                pass_fds=self._fds,
             )
         return self.process
 
@@ -340,9 +381,11 @@ class Daemon:
         status = process.poll()
         if status is not None and not (status == 0 and self._is_in_background):
             raise AssertionError(f"the daemon ended with status {status}")
-        said = re.search(r"workers serve \S+ port (\d+) after", self.log)
+        said = re.search(r"workers serve (.+) after", self.log)
         if said is not None:
-            self.port = int(said[1])
+            self.addresses = said[1]
+            ports = re.findall(r" port (\d+)", said[1])
+            self.port = int(ports[0]) if ports else 0
         return said is not None
 
     def run(self, seconds: float = WAIT_SECONDS) -> Ended:
@@ -545,6 +588,8 @@ class Daemon:
 
     def connect(self) -> Connection:
         """Open a connection."""
+        if self._caller is not None:
+            return self._caller(self)
         return Connection(self._host, self.port)
 
     def ask(self, function: str, args: Any = (), **members: Any) -> Any:

@@ -407,3 +407,50 @@ def grow(mebibytes: int) -> int:
 def leave_child(seconds: float) -> int:
     """Start a process that goes on when the task is done, and give its pid."""
     return subprocess.Popen(["sleep", str(seconds)]).pid
+
+
+_open: list[int] = []
+
+
+@task(blocking=False)
+def open_all_files() -> int:
+    """Open files until the worker may have no more, and tell how many."""
+    try:
+        while True:
+            _open.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return len(_open)
+
+
+@task(blocking=False)
+def close_all_files() -> int:
+    """Close what ``open_all_files`` has opened, and tell how many they were."""
+    count = len(_open)
+    while _open:
+        os.close(_open.pop())
+    return count
+
+
+@task
+def report_quickly(path: str, reports: int, size: int) -> int:
+    """Report from a thread, so many letters each time."""
+    Path(path + ".begun").touch()
+    for number in range(1, reports + 1):
+        progress(number, reports, "x" * size)
+        time.sleep(0)  # a moment for who sends it
+    Path(path + ".ended").touch()
+    return reports
+
+
+@task
+async def report_quickly_on_reactor(path: str, reports: int, size: int) -> int:
+    """Report in each round of the reactor, so many letters each time."""
+    from twisted.internet import reactor
+    from twisted.internet.task import deferLater
+
+    Path(path + ".begun").touch()
+    for number in range(1, reports + 1):
+        progress(number, reports, "x" * size)
+        await deferLater(reactor, 0)
+    Path(path + ".ended").touch()
+    return reports

@@ -334,7 +334,7 @@ class LossTests(ClientTestCase):
         """Call until the worker says that it is stopping."""
         while True:
             try:
-                await client.call("taskd.ping")
+                await client.call("at_once", 1)
             except ShuttingDown as error:
                 self.assertTrue(error.retryable)
                 return

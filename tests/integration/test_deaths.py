@@ -306,7 +306,7 @@ class HandedOverTests(DeathsTestCase):
         Path(here).touch()
         rest = callers[1].rest()
         self.assertIn(b'{"id":"here",', rest)
-        self.assertEqual(callers[2].rest(), b"")
+        self.assert_goodbye(callers[2])
         daemon.wait_until_gone(GONE_SECONDS)
         self.assert_port_is_free(daemon)
 
@@ -393,7 +393,7 @@ class SupervisorDeathTests(DeathsTestCase):
         idle = self.connect(daemon)
         self.assertEqual(idle.ask("add", [1, 2]), 3)
         daemon.kill(daemon.pid)
-        self.assertTrue(idle.is_hung_up())
+        self.assert_goodbye(idle)
         daemon.wait_until_gone(GONE_SECONDS)
         self.assert_port_is_free(daemon)
 
@@ -467,14 +467,14 @@ class StopTests(DeathsTestCase):
         self.assert_port_is_free(daemon)
 
     def test_signals(self) -> None:
-        """SIGTERM and SIGINT end an idle daemon, and close its idle connections."""
+        """SIGTERM and SIGINT end an idle daemon, which says goodbye on its idle connections."""
         for number in (signal.SIGTERM, signal.SIGINT):
             daemon = self.start(procs=4)
             callers = self.connect_to_each(daemon)
             self.assertEqual(callers[1].ask("add", [1, 2]), 3)
             daemon.signal(number)
             for caller in callers.values():
-                self.assertEqual(caller.rest(), b"")
+                self.assert_goodbye(caller)
                 caller.close()
             self.assert_ended_by(daemon, number)
 
@@ -502,7 +502,7 @@ class StopTests(DeathsTestCase):
         gone.close()
         began = time.monotonic()
         daemon.signal(signal.SIGTERM)
-        self.assertEqual(idle.rest(), b"")
+        self.assert_goodbye(idle)
         idle.close()
         daemon.wait_until_gone()
         self.assertLess(time.monotonic() - began, 1.0)
@@ -524,14 +524,14 @@ class StopTests(DeathsTestCase):
         for path, caller in zip(paths, (blocking, reactive), strict=True):
             Path(path).touch()
             self.assertEqual(caller.reply(), {"id": 1, "result": "released"})
-            self.assertEqual(caller.rest(), b"")
+            self.assert_goodbye(caller)
             caller.close()
         self.assert_ended_by(daemon, signal.SIGTERM)
 
     def ask_until_refused(self, connection: Connection) -> Any:
         """Ask until the worker has heard of the stop."""
         return wait_until(
-            lambda: self.if_refused(connection.ask("taskd.ping", id="late")), what="a refusal"
+            lambda: self.if_refused(connection.ask("at_once", [1], id="late")), what="a refusal"
         )
 
     def if_refused(self, reply: dict[str, Any]) -> dict[str, Any] | None:
@@ -567,7 +567,7 @@ class StopTests(DeathsTestCase):
             reply = caller.reply()
             self.assertEqual(reply["error"]["code"], "worker-lost")
             self.assertTrue(reply["error"]["retryable"])
-            self.assertEqual(caller.rest(), b"")
+            self.assert_goodbye(caller)
         daemon.wait_until_gone(GONE_SECONDS)
         self.assertIn(daemon.wait_for_exit(), (0, -signal.SIGTERM))
         self.assertTrue(os.path.exists(note))

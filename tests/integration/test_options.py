@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from tests.integration.case import QUICK_SECONDS, RefusedTestCase
 from tests.integration.daemon import Daemon, Ended
 
 TASKS = """
@@ -71,27 +72,8 @@ async def later():
 """
 )
 
-QUICK_SECONDS = 10.0
-"""How soon a start that fails must be over; a busy machine needs most of it."""
 
-
-class RefusedTests(SynchronousTestCase):
-    """Starts that fail: one line on stderr, status 1, no process left."""
-
-    def start(
-        self, *options: str, files: Mapping[str, str] | None = None, tasks: str | None = None
-    ) -> Ended:
-        return Daemon(*options, files=files, tasks=tasks).run(QUICK_SECONDS)
-
-    def assert_refused(self, ended: Ended, *words: str) -> None:
-        self.assertEqual(ended.status, 1, ended)
-        lines = ended.errors.splitlines()
-        self.assertEqual(len(lines), 1, ended.errors)
-        for word in words:
-            self.assertIn(word, lines[0])
-        self.assertNotIn("Traceback", ended.output)
-        self.assertNotIn("Unhandled", ended.output)
-
+class RefusedTests(RefusedTestCase):
     def test_options_that_cannot_be(self) -> None:
         """An option that cannot be is named, with what it may be."""
         for options, words in (
@@ -115,16 +97,16 @@ class RefusedTests(SynchronousTestCase):
             (("--colour",), ("colour",)),
             (("word",), ("arguments",)),
         ):
-            self.assert_refused(self.start(*options), *words)
+            self.assert_refused(self.refuse(*options), *words)
 
     def test_options_that_are_no_numbers(self) -> None:
         """An option that must be a number and is none is named."""
         for option in ("--port", "--procs", "--threads", "--max-line", "--grace"):
-            self.assert_refused(self.start(option, "many"), option[2:], "many")
+            self.assert_refused(self.refuse(option, "many"), option[2:], "many")
 
     def test_login_that_cannot_be(self) -> None:
         """A login file without a colon is refused, and what stands in it is not shown."""
-        ended = self.start(
+        ended = self.refuse(
             "--smtp", "mail:25", "--smtp-login", "login", files={"login": "only-a-secret\n"}
         )
         self.assert_refused(ended, "USER:PASSWORD")
@@ -132,13 +114,14 @@ class RefusedTests(SynchronousTestCase):
 
     def test_interface_that_others_reach(self) -> None:
         """An address that other machines reach needs ``--insecure``, and the message says so."""
-        for address in ("0.0.0.0", "::", "192.0.2.1", ""):
-            self.assert_refused(self.start("--interface", address), "--interface", "--insecure")
+        for address in ("0.0.0.0", "::", ""):
+            self.assert_refused(self.refuse("--interface", address), "--interface", "--insecure")
 
     def test_interface_that_is_not_there(self) -> None:
         """An address that this machine does not have is named."""
-        ended = self.start("--interface", "192.0.2.1", "--insecure")
-        self.assert_refused(ended, "192.0.2.1", "no such address")
+        for options in ((), ("--insecure",)):
+            ended = self.refuse("--interface", "192.0.2.1", *options)
+            self.assert_refused(ended, "192.0.2.1", "no such address")
 
     def test_port_in_use(self) -> None:
         """A port that another process listens on is named."""
@@ -149,74 +132,74 @@ class RefusedTests(SynchronousTestCase):
 
     def test_module_that_is_not_there(self) -> None:
         """A missing module or file is named."""
-        self.assert_refused(self.start(tasks="no_such_module"), "--tasks no_such_module")
-        self.assert_refused(self.start(tasks="no/such/file.py"), "no/such/file.py")
+        self.assert_refused(self.refuse(tasks="no_such_module"), "--tasks no_such_module")
+        self.assert_refused(self.refuse(tasks="no/such/file.py"), "no/such/file.py")
 
     def test_module_name_that_cannot_be(self) -> None:
         """What is neither a module's name nor a path of a Python file is refused."""
         for name in ("tasks/mail", "my-tasks", "a..b"):
-            self.assert_refused(self.start(tasks=name), "--tasks", name)
+            self.assert_refused(self.refuse(tasks=name), "--tasks", name)
 
     def test_module_with_syntax_error(self) -> None:
         """A syntax error is told with its file and line."""
-        ended = self.start(tasks="broken.py", files={"broken.py": "import os\ndef broken(:\n"})
+        ended = self.refuse(tasks="broken.py", files={"broken.py": "import os\ndef broken(:\n"})
         self.assert_refused(ended, "--tasks broken.py", "SyntaxError", "line 2")
 
     def test_module_that_raises(self) -> None:
         """An exception at import is told with its file and line."""
-        ended = self.start(
+        ended = self.refuse(
             tasks="raises.py", files={"raises.py": "\n\nraise KeyError('of\\nmany lines')\n"}
         )
         self.assert_refused(ended, "--tasks raises.py", "KeyError", "raises.py, line 3")
 
     def test_module_that_misses_a_module(self) -> None:
         """What a module cannot import is told, and where it wants to."""
-        ended = self.start(tasks="tasks.py", files={"tasks.py": "import no_such_library\n"})
+        ended = self.refuse(tasks="tasks.py", files={"tasks.py": "import no_such_library\n"})
         self.assert_refused(ended, "no_such_library", "tasks.py, line 1")
 
     def test_module_that_exits(self) -> None:
         """A module that ends the process at import is named."""
-        ended = self.start(tasks="leave.py", files={"leave.py": "import sys\nsys.exit(0)\n"})
+        ended = self.refuse(tasks="leave.py", files={"leave.py": "import sys\nsys.exit(0)\n"})
         self.assert_refused(ended, "--tasks leave.py", "SystemExit")
 
     def test_module_that_kills(self) -> None:
         """A module that kills the process that imports it ends the start."""
         for text in ("import os\nos._exit(3)\n", "import os\nos.abort()\n"):
             for options in ((), ("--no-preload",)):
-                ended = self.start(*options, tasks="die.py", files={"die.py": text})
+                ended = self.refuse(*options, tasks="die.py", files={"die.py": text})
                 self.assert_refused(ended, "import")
 
     def test_module_that_ends_the_process_in_peace(self) -> None:
         """A module that ends the importing process with status 0 ends the start as well."""
         for options in ((), ("--no-preload",)):
             files = {"die.py": "import os\nos._exit(0)\n"}
-            self.assert_refused(self.start(*options, tasks="die.py", files=files), "import")
+            self.assert_refused(self.refuse(*options, tasks="die.py", files=files), "import")
 
     def test_module_without_tasks(self) -> None:
         """A module in which nothing is marked with ``@task`` is refused."""
-        ended = self.start(tasks="plain.py", files={"plain.py": "def add(a, b): return a + b\n"})
+        ended = self.refuse(tasks="plain.py", files={"plain.py": "def add(a, b): return a + b\n"})
         self.assert_refused(ended, "--tasks plain.py", "@task")
 
     def test_task_name_that_cannot_be(self) -> None:
         """A task's name that cannot be, or is the daemon's own, is refused."""
         for name in ("two words", "taskd.ping", ""):
             text = f"from taskd import task\n@task(name={name!r})\ndef add(): pass\n"
-            ended = self.start(tasks="tasks.py", files={"tasks.py": text})
+            ended = self.refuse(tasks="tasks.py", files={"tasks.py": text})
             self.assert_refused(ended, "--tasks tasks.py", repr(name))
 
     def test_name_that_is_taken_twice(self) -> None:
         """Two tasks of one name are refused, and both modules named."""
-        ended = self.start(tasks="one.py,two.py", files={"one.py": TASKS, "two.py": TASKS})
+        ended = self.refuse(tasks="one.py,two.py", files={"one.py": TASKS, "two.py": TASKS})
         self.assert_refused(ended, "'add'", "one", "two")
 
     def test_without_preload(self) -> None:
         """With ``--no-preload`` a module that cannot be imported still ends the start."""
-        ended = self.start("--no-preload", tasks="raises.py", files={"raises.py": "1 / 0\n"})
+        ended = self.refuse("--no-preload", tasks="raises.py", files={"raises.py": "1 / 0\n"})
         self.assert_refused(ended, "--tasks raises.py", "ZeroDivisionError", "line 1")
 
     def test_default_module(self) -> None:
         """A ``tasks.py`` in the working directory that cannot be imported ends the start."""
-        ended = self.start(files={"tasks.py": "1 / 0\n"})
+        ended = self.refuse(files={"tasks.py": "1 / 0\n"})
         self.assert_refused(ended, "--tasks tasks.py", "ZeroDivisionError")
 
 

@@ -386,7 +386,7 @@ class StopTests(DaemonTestCase):
             {n: r["result"] for n, r in replies.items()}, {n: str(n) for n in range(5)}
         )
         self.assertEqual(lines_of(notes), ["0", "1", "2", "3", "4"])
-        self.assertEqual(caller.rest(), b"")
+        self.assert_goodbye(caller)
         caller.close()
         daemon.wait_until_gone()
         self.assertIn(daemon.wait_for_exit(), (0, -signal.SIGTERM))
@@ -424,7 +424,7 @@ class StopTests(DaemonTestCase):
         Path(paths[2]).touch()
         self.assertEqual(callers[2].reply(), {"id": "hold", "result": "released"})
         for caller in callers.values():
-            self.assertEqual(caller.rest(), b"")
+            self.assert_goodbye(caller)
             caller.close()
         daemon.wait_until_gone()
         self.assertNotIn("is killed", daemon.log)
@@ -438,7 +438,7 @@ class StopTests(DaemonTestCase):
         for reply in replies.values():
             error = self.assert_error(reply, "shutting-down")
             self.assertTrue(error["retryable"])
-        self.assertEqual(caller.rest(), b"")
+        self.assert_goodbye(caller)
         caller.close()
         daemon.wait_until_gone()
         self.assertEqual(lines_of(notes), [])
