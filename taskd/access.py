@@ -23,6 +23,7 @@ AUTH: Final = "taskd.auth"
 ALWAYS_ALLOWED: Final = frozenset({AUTH, "taskd.cancel", "taskd.ping"})
 """What everybody who is known may call: it concerns their own connection alone."""
 
+_LONGEST_KNOWN_NAME: Final = 128
 _MOST_KNOWN_NAMES: Final = 4096
 """Answers that are remembered for one identity; a caller may ask for any name."""
 
@@ -119,7 +120,7 @@ def _rule(patterns: list[str]) -> Callable[[str], bool]:
         answer = known.get(name)
         if answer is None:
             answer = any(fnmatchcase(name, pattern) for pattern in patterns)
-            if len(known) < _MOST_KNOWN_NAMES:
+            if len(known) < _MOST_KNOWN_NAMES and len(name) <= _LONGEST_KNOWN_NAME:
                 known[name] = answer
         return answer
 

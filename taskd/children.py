@@ -24,6 +24,7 @@ from twisted.logger import Logger, globalLogPublisher
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from taskd.credentials import Credentials
 from taskd.dispatcher import Dispatcher, Task
 from taskd.errors import CallError, StartFailed
 from taskd.lines import LongLineReceiver
@@ -141,10 +142,16 @@ class Worker(Link):
         """Tell it to finish and go, as all are told."""
         self.tell(b"stop\n")
 
-    def retire(self) -> None:
-        """Tell it to leave everything to the others and go."""
+    def retire(self, credentials: Credentials) -> None:
+        """
+        Tell it to leave everything to the others and go.
+
+        Args:
+            credentials: Those of the others.
+        """
         self.is_retired = True
-        self.tell(b"retire\n")
+        rules = {"tokens": credentials.tokens, "client_ca": credentials.client_ca}
+        self.tell(b"retire %s\n" % json.dumps(rules).encode())
 
     def ask_for_beat(self, now: float, beat: float) -> None:
         """

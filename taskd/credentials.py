@@ -171,9 +171,11 @@ def read_secret(path: str, option: str) -> str:
 
 def _read(path: str, option: str, *, is_secret: bool = False) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", opener=_open_at_once) as file:
             mode = os.fstat(file.fileno()).st_mode
-            if is_secret and stat.S_ISREG(mode) and mode & (stat.S_IRWXO | stat.S_IWGRP):
+            if not stat.S_ISREG(mode):
+                raise StartFailed(f"{option}: it is no regular file, so it cannot be read again")
+            if is_secret and mode & (stat.S_IRWXO | stat.S_IWGRP):
                 raise StartFailed(
                     f"{option}: others may read or write it, so it is no secret; chmod 600 {path}"
                 )
@@ -182,3 +184,8 @@ def _read(path: str, option: str, *, is_secret: bool = False) -> str:
         raise StartFailed(f"{option}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise StartFailed(f"{option}: it is no text") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file, and wait for nobody: a pipe's other end may never come."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -37,20 +37,32 @@ class Door:
         clock: Gives seconds that never go back.
 
     Attributes:
+        asks: True: whoever has no certificate has to show a token.
         unasked: What a connection may do that has shown nothing; None: it has to.
     """
 
     _log = Logger(namespace="taskd.door")
 
     def __init__(self, access: Access, slot: Slot, clock: Callable[[], float]) -> None:
-        self._access = access
         self._slot = slot
         self._clock = clock
         self._penalties = Penalties()
         self._throttle = Throttle()
         self._callers: Counter[str] = Counter()
+        self.revise(access)
+
+    def revise(self, access: Access) -> None:
+        """Go by other rules from now on; what was granted stands until it is looked at."""
+        self._access = access
+        self.asks = access.asks
         self.unasked = access.unasked()
         self.by_certificate = access.by_certificate
+
+    def still_grants(self, grant: Grant, is_other_ca: bool) -> bool:
+        """Tell whether the rules of now know what a connection has shown."""
+        if grant.token:
+            return self._access.by_digest(grant.token) is not None
+        return not is_other_ca if grant.identity else self.unasked is not None
 
     def penalty(self, host: str) -> float:
         """Tell how many seconds somebody waits who has guessed wrongly."""
@@ -58,8 +70,6 @@ class Door:
 
     def by_token(self, host: str, token: str) -> Grant | None:
         """Give what a token grants, or None, which is remembered."""
-        if not self._access.asks:
-            return self.unasked
         grant = self._access.by_token(token)
         if grant is None:
             self._penalties.failed(host, self._clock())

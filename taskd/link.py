@@ -18,7 +18,7 @@ worker      ``ready``                  it accepts
             ``progress`` NUMBER line   what one reports
             ``ask``                    it could run one more
             ``replace`` CAUSE          it should not go on for long
-            ``moved`` unread, and fd   a connection that another worker may have
+            ``moved`` INODE …, and fd  a connection that another worker may have
             ``leaving``                it has nothing left to do
 supervisor  ``run`` NUMBER DUE request a task for it
             ``cancel`` NUMBER          nobody wants that any more
@@ -26,9 +26,9 @@ supervisor  ``run`` NUMBER DUE request a task for it
             ``ended`` TICKET reply     the reply to what it offered
             ``failed`` TICKET JSON     the error that it came to
             ``progress`` TICKET line   what it reports
-            ``retire``                 start nothing more; the others go on
+            ``retire`` JSON            start nothing more; the others go on, by these rules
             ``stop``                   start nothing more; the daemon stops
-            ``adopt`` unread, and fd   a connection to go on with
+            ``adopt`` INODE …, and fd  a connection to go on with
             ``beat``                   show that your reactor runs
             ``go``                     the answer to ``leaving``: no task will come
 =========== ========================== ==========================================
@@ -144,8 +144,8 @@ class Link(LongLineReceiver):
         """
         if not self.connected or getattr(self.transport, "has_unsent", True):
             return False
-        message = verb + b" " + b64encode(unread) + b"\n"
         fd = connection if isinstance(connection, int) else connection.fileno()
+        message = b"%s %d %s\n" % (verb, os.fstat(fd).st_ino, b64encode(unread))
         try:
             sent = socket.send_fds(self.transport.socket, [message], [fd])
         except OSError:
@@ -166,7 +166,10 @@ class Link(LongLineReceiver):
         None instead of the connection: this process has as many descriptors open
         as it may, and the kernel has closed it.
         """
-        return self._fds.pop(0) if self._fds else None, b64decode(rest)
+        inode, _, unread = rest.partition(b" ")
+        # Where one was closed by the kernel, the next one's may be here already.
+        is_its = bool(self._fds) and os.fstat(self._fds[0]).st_ino == int(inode)
+        return self._fds.pop(0) if is_its else None, b64decode(unread)
 
     def fileDescriptorReceived(self, descriptor: int) -> None:
         """Keep a connection until its message is complete."""

@@ -16,6 +16,7 @@ import os
 import pwd
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ BACKLOG: Final = 4096
 
 _KEEP_ALIVE_IDLE_SECONDS: Final = 60
 """After so long a silence the kernel asks whether a peer is still there; else it never would."""
+
+_TURN_SECONDS: Final = 5.0
+"""How long another process may take over binding a Unix socket at the same path."""
 
 _LONGEST_PATH_BYTES: Final = 107
 """``sun_path`` of unix(7) has 108, and ends with a zero."""
@@ -183,7 +187,7 @@ def bind_unix(
             try:
                 bound.listen(backlog)
                 _give(path, user, group, owner)
-                os.chmod(path, mode)
+                _set_mode(path, mode)
             except (OSError, StartFailed):
                 file.remove()
                 raise
@@ -195,6 +199,15 @@ def bind_unix(
         bound.close()
         raise
     return bound, file
+
+
+def _set_mode(path: str, mode: int) -> None:
+    """Set a file's mode, and never that of another one which a link leads to."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
 
 
 def listen(bound: socket.socket, backlog: int = BACKLOG) -> None:
@@ -302,7 +315,7 @@ def _turn_at(path: str) -> Iterator[None]:
     while True:
         lock = os.open(name, flags, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock)
             if not _is_at(name, lock):
                 continue
             try:
@@ -312,6 +325,19 @@ def _turn_at(path: str) -> Iterator[None]:
             return
         finally:
             os.close(lock)
+
+
+def _lock(fd: int) -> None:
+    deadline = time.monotonic() + _TURN_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_TURN_SECONDS / 100)
+        else:
+            return
 
 
 def _is_at(path: str, fd: int) -> bool:

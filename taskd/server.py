@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from taskd.access import Access, Grant
+from taskd.departure import Departure
 from taskd.door import Door, Visitor
 from taskd.errors import CallError, Malformed, Overloaded
 from taskd.executor import Executor, Loop
@@ -35,10 +36,6 @@ Move = Callable[[Any, bytes], bool]
 
 _LINGER_SECONDS: Final = 2.0
 """How long a peer may go on sending what nobody reads before it is cut off."""
-
-_STILL_SECONDS: Final = 0.05
-_BETWEEN_STILLS_SECONDS: Final = 0.1
-_LONGEST_BETWEEN_STILLS_SECONDS: Final = 5.0
 
 _HANG_UP_SECONDS: Final = 30.0
 """How long a peer may take over reading our last words."""
@@ -97,13 +94,15 @@ class TaskProtocol(LongLineReceiver):
     def connectionMade(self) -> None:
         """Join the factory's connections."""
         self._awaits_handshake = getattr(self.transport, "is_secure", False)
+        if self._awaits_handshake:
+            self._session.admit(None)
         self._factory.joined(self)
 
     def handshakeCompleted(self) -> None:
         """Let in whom a certificate tells (``IHandshakeListener``); nothing was read before."""
         self._awaits_handshake = False
-        if identity := self.transport.peer_identity:
-            self._admit(self._factory.door.by_certificate(identity))
+        door, identity = self._factory.door, self.transport.peer_identity
+        self._admit(door.by_certificate(identity) if identity else door.unasked)
 
     def accepted(self) -> None:
         """Have the time run in which a request must come; turn the peer away if it is crowded."""
@@ -119,6 +118,8 @@ class TaskProtocol(LongLineReceiver):
         if digest:
             # It may not be known any more: then it has to be shown anew.
             self._admit(self._factory.door.by_digest(digest.decode()))
+        if self._session.grant is None:
+            self._patience.begin(self._factory.clock())
         if unread:
             self.dataReceived(unread)
 
@@ -225,6 +226,7 @@ class TaskProtocol(LongLineReceiver):
         if reason:
             self._session.turn_away(Malformed(reason), self.unread)
         else:
+            self._is_hanging_up = True  # over TLS something may still come
             self.transport.loseConnection()
         self._cut_off_after(_LINGER_SECONDS)
 
@@ -254,8 +256,20 @@ class TaskProtocol(LongLineReceiver):
                 done(grant)
                 self._hold(_IN_QUESTION, False)
 
-        self._hold(_IN_QUESTION, True)
-        self._visitor.identify(token, self._factory.loop.callLater, identified)
+        if self._factory.door.asks:
+            self._hold(_IN_QUESTION, True)
+            self._visitor.identify(token, self._factory.loop.callLater, identified)
+        else:
+            done(self._session.grant)
+
+    def review(self, is_other_ca: bool) -> None:
+        """Look again at what was granted, since the rules may be others now."""
+        grant = self._session.grant
+        if self._awaits_handshake and is_other_ca:
+            self.transport.abortConnection()
+        elif grant is not None and not self._factory.door.still_grants(grant, is_other_ca):
+            self._admit(None)
+            self._patience.begin(self._factory.clock())
 
     def cut_off(self, protocol: str) -> None:
         """Close at once: a browser must not even learn that there is somebody."""
@@ -455,36 +469,23 @@ class TaskServerFactory(Factory):
         for connection in list(self._connections):
             connection.drain()
 
-    def pass_on(self, move: Move) -> None:
+    def pass_on(
+        self, move: Move, access: Access | None = None, *, is_other_ca: bool = False
+    ) -> None:
         """
-        Have every connection go on at another worker.
-
-        One that is owed nothing goes at once. One whose peer always asks for
-        more is held still now and then, for a moment, and goes when that comes
-        to its last reply; meanwhile its tasks are run elsewhere.
+        Have every connection leave, on the terms of those who stay.
 
         Args:
             move: Where to.
+            access: Who may do what from now on; None: as before.
+            is_other_ca: True: certificates that were verified here count no more.
         """
         self.move = move
-        for connection in list(self._connections):
-            connection.pass_on()
-        self._hold_still(_BETWEEN_STILLS_SECONDS)
-
-    def _hold_still(self, pause: float) -> None:
-        if not self._connections:
-            return
-        held = list(self._connections)
-        for connection in held:
-            connection.move()
-            connection.hold_still(True)
-        self.loop.callLater(_STILL_SECONDS, self._let_go, held, pause)
-
-    def _let_go(self, held: list[TaskProtocol], pause: float) -> None:
-        for connection in self._connections.intersection(held):
-            connection.hold_still(False)
-        longer = min(_LONGEST_BETWEEN_STILLS_SECONDS, 2 * pause)
-        self.loop.callLater(pause, self._hold_still, longer)
+        if access is not None:
+            self.door.revise(access)
+            for connection in list(self._connections):
+                connection.review(is_other_ca)
+        Departure(lambda: self._connections, self.loop.callLater)
 
     def cut_off(self) -> None:
         """Close those whose peers do not read; who has not asked yet has a limit of its own."""

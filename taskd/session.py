@@ -189,6 +189,7 @@ class Session:
                     self._write(outcome)
                 else:
                     self._in_order.append(_Answered(outcome))
+                    self._hold_if_full()
                 return
             pending = outcome
         elif function.kind is Kind.SESSION:
@@ -209,9 +210,8 @@ class Session:
         in_flight.add(call)
         if not id_json:
             self._in_order.append(call)
-        if len(in_flight) >= self._max_in_flight and not self._is_held:
-            self._is_held = True
-            self._peer.hold_while_full(True)
+        if len(in_flight) >= self._max_in_flight or len(self._in_order) >= self._max_in_flight:
+            self._hold_if_full()
         if self._is_late:
             self._runner.send_on(call)
         else:
@@ -365,7 +365,7 @@ class Session:
         else:
             self._write_in_order()
         # Half of them: whoever stops for every line splits what has been read each time.
-        if self._is_held and 2 * len(self._in_flight) <= self._max_in_flight:
+        if self._is_held and 2 * self._owed <= self._max_in_flight:
             self._is_held = False
             self._peer.hold_while_full(False)
         if not self._in_flight:
@@ -381,6 +381,17 @@ class Session:
             self._write(reply)
         else:
             self._in_order.append(_Answered(reply))
+            self._hold_if_full()
+
+    @property
+    def _owed(self) -> int:
+        """How many replies are not written yet: what has to wait for its turn counts as well."""
+        return max(len(self._in_flight), len(self._in_order))
+
+    def _hold_if_full(self) -> None:
+        if self._owed >= self._max_in_flight and not self._is_held:
+            self._is_held = True
+            self._peer.hold_while_full(True)
 
     def _write_in_order(self) -> None:
         turns = self._in_order

@@ -316,7 +316,7 @@ class Supervisor(Service):
             elif not worker.is_gone:
                 spare -= worker.ready_at is not None
                 self.dispatcher.close(worker)
-                worker.retire()
+                worker.retire(self._zygotes.credentials)
 
     def worker_leaving(self, worker: Worker) -> None:
         """Let a worker go that has nothing left to do, unless it may be needed for what waits."""

@@ -126,9 +126,10 @@ class Secure:
                 certificate=crypto.X509.from_cryptography(own),
                 extraCertChain=[crypto.X509.from_cryptography(one) for one in chain],
                 trustRoot=trusted,
-                acceptableProtocols=[ALPN],
             )
-            options.getContext().check_privatekey()
+            context = options.getContext()
+            context.set_alpn_select_callback(_choose_protocol)
+            context.check_privatekey()
         except (SSL.Error, TypeError, ValueError) as error:
             raise StartFailed(
                 f"{pair.origin}: the certificate and its key do not go together: {reason_of(error)}"
@@ -143,6 +144,12 @@ class Secure:
     def wrap(self, protocol: Any) -> SecureTransport:
         """Have a protocol speak TLS: give what is to be connected in its place."""
         return SecureTransport(self._factory, protocol)  # type: ignore[no-untyped-call]
+
+
+def _choose_protocol(connection: SSL.Connection, offered: list[bytes]) -> bytes:
+    if ALPN not in offered:
+        raise SSL.Error([("", "", "it offers other protocols than taskd/1")])
+    return ALPN
 
 
 def _authorities(pem: str) -> Any:

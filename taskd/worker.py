@@ -7,6 +7,7 @@ Everything that a worker is made of is put together here and nowhere else.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any, Final, cast
 
 from twisted.internet.defer import Deferred
@@ -134,15 +136,21 @@ def rehearse(prepared: Prepared) -> None:
     worker = _Worker(1, everybody, scoreboard_fd, reactor, memoryview(bytearray(64)))
     os.close(scoreboard_fd)
     ours, theirs = socket.socketpair()
-    with ours, socket.socket() as port, socket.socket() as caller:
-        port.bind(("127.0.0.1", 0))
+    # Where nobody else can call: it asks nobody who they are.
+    with (
+        TemporaryDirectory(prefix="taskd-") as private,
+        ours,
+        socket.socket(socket.AF_UNIX) as port,
+        socket.socket(socket.AF_UNIX) as caller,
+    ):
+        port.bind(f"{private}/rehearsal")
         port.listen()
         port.setblocking(False)
         worker.serve(theirs, [os.dup(port.fileno())], [None])
         caller.connect(port.getsockname())
         caller.setblocking(False)
         rehearsal = _Rehearsal(ours.sendall)
-        reactor.adoptStreamConnection(caller.fileno(), socket.AF_INET, OneConnection(rehearsal))  # type: ignore[no-untyped-call]
+        reactor.adoptStreamConnection(caller.fileno(), socket.AF_UNIX, OneConnection(rehearsal))  # type: ignore[no-untyped-call]
         reactor.run(installSignalHandlers=False)
     signal.alarm(0)
     reactor.dispose()
@@ -262,7 +270,7 @@ class _Worker:
         self._link = _SupervisorLink(
             {
                 **self._relay.readers,
-                b"retire": lambda _: self.retire(),
+                b"retire": self.retire,
                 b"stop": lambda _: self.stop(),
                 b"go": lambda _: self._let_go(),
                 b"adopt": self._adopt,
@@ -367,11 +375,15 @@ class _Worker:
 
     # How it ends.
 
-    def retire(self) -> None:
+    def retire(self, rules: bytes) -> None:
         """
         Start nothing more, hand over what waits, pass on the connections, and end.
 
         Tasks that run are let run: nothing hurries them but their own limits.
+
+        Args:
+            rules: ``tokens`` and ``client_ca`` of those who stay, as JSON: what a
+                connection has shown has to be good for them until it goes there.
         """
         if self._is_retired or self._is_stopping:
             return
@@ -380,7 +392,12 @@ class _Worker:
         self._close_ports()
         self._executor.lane.retire()
         self._executor.hand_over_all()
-        self._factory.pass_on(partial(self._link.give_connection, b"moved"))
+        told = json.loads(rules)
+        self._factory.pass_on(
+            partial(self._link.give_connection, b"moved"),
+            Access(told["tokens"], self._settings.allow),
+            is_other_ca=told["client_ca"] != self._client_ca,
+        )
         self._reactor.callLater(self._settings.grace_seconds, self._cut_off)
         self._go_if_done()
 

@@ -82,6 +82,11 @@ class Zygotes:
         """Tell whether new code is loaded, or will be."""
         return self._next is not None or self._reloads_again
 
+    @property
+    def credentials(self) -> Credentials:
+        """Give those of the newest code that was loaded."""
+        return self._credentials
+
     def is_latest(self, zygote: Zygote) -> bool:
         """Tell whether no newer code than a zygote's has been loaded."""
         return zygote not in self._old

@@ -16,6 +16,7 @@ import taskd
 FLOORS = {
     "errors": 0,
     "access": 1,
+    "departure": 1,
     "lane": 1,
     "notify": 1,
     "patience": 1,

@@ -26,13 +26,9 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
 
 
-def _enter(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "setns")
-    finally:
-        os.close(fd)
+def _enter(fd: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 def why_no_lab() -> str:
@@ -61,6 +57,7 @@ class Lab:
     def __init__(self, nodes: int) -> None:
         self._name = f"taskd-{os.getpid()}"
         self._names = [self._name]
+        self._is_away = False
         self._home_fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
             _run("ip", "netns", "add", self._name)
@@ -71,6 +68,7 @@ class Lab:
             for number in range(1, nodes + 1):
                 self._add(number)
             self.enter()
+            self._is_away = True
         except BaseException:
             self.close()
             raise
@@ -109,12 +107,16 @@ class Lab:
 
     def enter(self) -> None:
         """Have the sockets that this thread makes from now on be in the lab."""
-        _enter(f"/run/netns/{self._name}")
+        fd = os.open(f"/run/netns/{self._name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _enter(fd)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Go home, and remove it; what runs in it is to have ended."""
-        if ctypes.CDLL(None, use_errno=True).setns(self._home_fd, _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "setns")
+        if self._is_away:
+            _enter(self._home_fd)
         os.close(self._home_fd)
         for name in self._names:
             subprocess.run(
