@@ -81,8 +81,6 @@ class TaskClientProtocol(LongLineReceiver):
             know the caller.
         refusal: Why neither this nor another call would be run over such a
             connection, as soon as that is known, or None.
-        is_in_doubt: True from the end of a call that the daemon should have ended, until
-            it says something: its machine may be gone, of which TCP tells late.
         on_goodbye: Called with this protocol when the daemon, which stops, has said
             that it will answer no more.
     """
@@ -110,13 +108,23 @@ class TaskClientProtocol(LongLineReceiver):
         self.has_stood = False
         self.has_answered = False
         self.refusal: ClientError | CallError | None = None
-        self.is_in_doubt = False
+        self._doubt: int | None = None
         self.on_goodbye: _Notify = lambda _: None
 
     @property
     def in_flight(self) -> int:
         """Tell how many calls have no reply yet."""
         return len(self._pending)
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """
+        Tell whether the daemon's machine may be gone, of which TCP tells late.
+
+        It may when a call was not ended in time, until what was sent after that is
+        answered. What comes before shows only that the way from there is open.
+        """
+        return self._doubt is not None
 
     def call(
         self,
@@ -230,13 +238,13 @@ class TaskClientProtocol(LongLineReceiver):
 
     def _expire(self, number: int, function: str, timeout: float) -> None:
         deferred = self._pending[number].deferred
-        self.is_in_doubt = True
-        self._cancel(number)  # of which the answer is a sign of life
+        self._cancel(number)
+        if self._doubt is None:
+            self._doubt = self._last_number
         deferred.errback(TimeLimitExceeded(f"no answer to {function} within {timeout:g} s"))
 
     def lineReceived(self, line: bytes) -> None:
         """Fire the Deferred that a reply is for."""
-        self.is_in_doubt = False
         try:
             reply = decode_reply(line)
         except Malformed as error:
@@ -249,6 +257,8 @@ class TaskClientProtocol(LongLineReceiver):
         else:
             self.has_answered = True
         number = reply.get("id")
+        if self._doubt is not None and type(number) is int and number >= self._doubt:
+            self._doubt = None
         if "progress" in reply:
             self._report(number, reply["progress"])
         elif self._greeting and type(number) is int and number == GREETING_ID:

@@ -28,6 +28,7 @@ from twisted.python.components import Componentized
 
 from taskd import __version__
 from taskd.checking import check
+from taskd.credentials import read_secret
 from taskd.endpoints import listeners_from
 from taskd.errors import SettingsError, StartFailed
 from taskd.logs import observer_for
@@ -210,11 +211,11 @@ def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Set
         port=port,
         interface=options["interface"],
         listen=listen,
-        certificate=options["tls"] or "",
-        key=options["key"] or "",
+        certificate=_path(options["tls"]),
+        key=_path(options["key"]),
         tls_port=options["tls-port"],
-        client_ca=options["client-ca"] or "",
-        token_file=options["token-file"] or _token_credential(environ),
+        client_ca=_path(options["client-ca"]),
+        token_file=_path(options["token-file"]) or _token_credential(environ),
         allow=tuple(options["allow"] or ()),
         socket_owner=options["socket-owner"] or "",
         insecure=bool(options["insecure"]),
@@ -239,6 +240,11 @@ def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Set
         log_level=options["log-level"],
         smtp=_smtp_from(options, environ),
     )
+
+
+def _path(text: str | None) -> str:
+    """Say where a file is, whatever directory twistd goes to; '' is none."""
+    return os.path.abspath(text) if text else ""
 
 
 def _bytes_of(mib: Any) -> Any:
@@ -267,11 +273,9 @@ def _smtp_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> SmtpSe
     login = environ.get(_SMTP_LOGIN_VARIABLE, "")
     if options["smtp-login"]:
         try:
-            with open(options["smtp-login"], encoding="utf-8") as file:
-                login = file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise SettingsError(f"--smtp-login {options['smtp-login']}: {why}") from None
+            login = read_secret(options["smtp-login"], "--smtp-login").strip()
+        except StartFailed as error:
+            raise SettingsError(str(error)) from None
     user, colon, password = login.partition(":")
     if login and not (user and colon):
         source = (

@@ -133,6 +133,12 @@ def log_of(case: SynchronousTestCase, room: str) -> list[str]:
     return lines
 
 
+def write_secret(path: Path, text: str, mode: int = 0o600) -> None:
+    """Write a file with that mode."""
+    path.write_text(text)
+    path.chmod(mode)
+
+
 def temporary_directory(case: SynchronousTestCase) -> Path:
     """Make a directory that goes with the test."""
     directory = tempfile.TemporaryDirectory()

@@ -22,7 +22,7 @@ from taskd.errors import SettingsError, StartFailed
 from taskd.settings import DEFAULT_MAX_LINE_BYTES, Settings, SmtpSettings
 from taskd.supervisor import Supervisor
 from taskd.tap import Options, makeService, settings_from
-from tests.support import temporary_directory
+from tests.support import temporary_directory, write_secret
 
 
 class TapTestCase(SynchronousTestCase):
@@ -112,11 +112,11 @@ class DefaultTests(TapTestCase):
                 max_rss_bytes=3 * 2**19,
                 debug=True,
                 smtp=SmtpSettings(host="mx", port=25),
-                certificate="cert.pem",
-                key="key.pem",
+                certificate=os.path.abspath("cert.pem"),
+                key=os.path.abspath("key.pem"),
                 tls_port=12346,
-                client_ca="ca.pem",
-                token_file="tokens",
+                client_ca=os.path.abspath("ca.pem"),
+                token_file=os.path.abspath("tokens"),
                 allow=(("web", ("echo",)),),
                 listen=("unix:/run/taskd.sock",),
                 socket_owner=":web",
@@ -276,7 +276,7 @@ class TokenFileTests(TapTestCase):
         path.write_text("a token 0123456789")
         self.assertEqual(self.token_file(CREDENTIALS_DIRECTORY=directory), str(path))
         named = self.token_file("--token-file", "mine", CREDENTIALS_DIRECTORY=directory)
-        self.assertEqual(named, "mine")
+        self.assertEqual(named, os.path.abspath("mine"))
 
     def test_the_working_directory(self) -> None:
         """A file of that name that happens to be in the working directory is none of systemd's."""
@@ -335,7 +335,7 @@ class SmtpTests(TapTestCase):
 
     def test_protection_without_a_server(self) -> None:
         """How mail is protected, and a login, are refused where no mail server is named."""
-        (self.directory / "login").write_text("me:secret")
+        write_secret(self.directory / "login", "me:secret")
         for option, value in (("--smtp-tls", "tls"), ("--smtp-tls", "none")):
             self.assertIn(f"{option} is of no use without --smtp", self.refused(option, value))
         refused = self.refused("--smtp-login", "login")
@@ -349,7 +349,7 @@ class SmtpTests(TapTestCase):
     def test_a_login_from_a_file(self) -> None:
         """The login is read from a file, white space around it left out."""
         file = self.directory / "login"
-        file.write_text("me@example.org:pass:word\n")
+        write_secret(file, "me@example.org:pass:word\n")
         smtp = self.smtp("--smtp-login", str(file))
         self.assertEqual((smtp.user, smtp.password), ("me@example.org", "pass:word"))
 
@@ -359,7 +359,7 @@ class SmtpTests(TapTestCase):
         smtp = self.smtp(environ=environ)
         self.assertEqual((smtp.user, smtp.password), ("me", "secret"))
         file = self.directory / "login"
-        file.write_text("you:word")
+        write_secret(file, "you:word")
         self.assertEqual(self.smtp("--smtp-login", str(file), environ=environ).user, "you")
 
     def test_what_is_no_login(self) -> None:
@@ -369,12 +369,14 @@ class SmtpTests(TapTestCase):
                 self.smtp(environ={"TASKD_SMTP_LOGIN": login})
             self.assertNotIn("secret", str(caught.exception))
             self.assertTrue(str(caught.exception).startswith("TASKD_SMTP_LOGIN: "))
-        (self.directory / "colonless").write_text("secret")
+        write_secret(self.directory / "colonless", "secret")
         refused = self.refused("--smtp", "mx:25", "--smtp-login", "colonless")
         self.assertIn("--smtp-login colonless: the login", refused)
         self.assertNotIn("secret", refused)
         (self.directory / "binary").write_bytes(b"\xff\xfe")
-        for name in ("nowhere", "binary"):
+        (self.directory / "binary").chmod(0o600)
+        write_secret(self.directory / "open to all", "me:secret", 0o644)
+        for name in ("nowhere", "binary", "open to all"):
             refused = self.refused("--smtp", "mx:25", "--smtp-login", name)
             self.assertIn(f"--smtp-login {name}", refused)
 
@@ -418,7 +420,7 @@ class ConfigTests(TapTestCase):
 
     def test_a_login_beside_the_file(self) -> None:
         """A relative path in a file is found from wherever the daemon is started."""
-        (self.directory / "login").write_text("me:secret")
+        write_secret(self.directory / "login", "me:secret")
         file = self.directory / self.file('smtp = "mx:25"\nsmtp-login = "login"\n')
         os.chdir("/")
         smtp = self.settings("--config", str(file)).smtp
@@ -469,7 +471,7 @@ class CheckTests(TapTestCase):
         """What cannot be started is told in one line, which is no 0 for an exit status."""
         for args, words in (
             (("--tasks", "no_such_module"), "--tasks no_such_module"),
-            (("--token-file", "nowhere"), "--token-file nowhere"),
+            (("--token-file", "nowhere"), "/nowhere: No such file"),
             (("--interface", "0.0.0.0"), "whoever can reach 0.0.0.0 port 12345 could run tasks"),
             (("--threads", "0"), "--threads: a number from"),
         ):

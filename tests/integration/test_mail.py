@@ -10,7 +10,7 @@ from typing import Any
 import trustme
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.integration.daemon import Daemon, temporary_directory
+from tests.integration.daemon import Daemon, temporary_directory, write_secret
 from tests.integration.mail_server import MailServer
 
 LOGIN = ("me@example.org", "pass:word-xyzzy")
@@ -197,7 +197,7 @@ class ProtectedTests(MailTestCase):
 
     def login_file(self) -> str:
         path = self.directory / "login"
-        path.write_text(LOGIN_TEXT + "\n", encoding="utf-8")
+        write_secret(path, LOGIN_TEXT + "\n")
         return str(path)
 
     def assert_delivered(self, server: MailServer, daemon: Daemon) -> None:

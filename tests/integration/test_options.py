@@ -107,7 +107,7 @@ class RefusedTests(RefusedTestCase):
     def test_login_that_cannot_be(self) -> None:
         """A login file without a colon is refused, and what stands in it is not shown."""
         ended = self.refuse(
-            "--smtp", "mail:25", "--smtp-login", "login", files={"login": "only-a-secret\n"}
+            "--smtp", "mail:25", "--smtp-login", "login", secrets={"login": "only-a-secret\n"}
         )
         self.assert_refused(ended, "USER:PASSWORD")
         self.assertNotIn("only-a-secret", ended.errors + ended.output)
