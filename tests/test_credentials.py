@@ -157,12 +157,18 @@ class PermissionTests(FileTestCase):
         self.assertEqual(read_pem(self.write("PEM", 0o644), "--client-ca"), "PEM")
 
     def test_a_pipe(self) -> None:
-        """A secret may come from a pipe, which has no permissions to speak of."""
+        """What is no regular file is refused at once: at a reload nobody may be there to write."""
         reading, writing = os.pipe()
         self.addCleanup(os.close, reading)
         os.write(writing, TOKEN.encode())
         os.close(writing)
-        self.assertEqual(read_secret(f"/dev/fd/{reading}", "--key"), TOKEN)
+        os.mkfifo(self.path, 0o600)
+        for path in (f"/dev/fd/{reading}", str(self.path), os.devnull):
+            for read in (read_secret, read_pem):
+                error = self.assertRaises(StartFailed, read, path, "--key")
+                self.assertEqual(
+                    str(error), f"--key {path}: it is no regular file, so it cannot be read again"
+                )
 
     def test_what_cannot_be_read(self) -> None:
         """A file that is not there, or is a directory, is refused with its option and why."""

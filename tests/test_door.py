@@ -204,13 +204,71 @@ class TokenTests(DoorTestCase):
         self.assertIsNone(self.door.by_digest(digest_of("wrong")))
         self.assertEqual(self.waits(TOKEN), 0)
 
-    def test_where_nobody_is_asked(self) -> None:
-        """Where there are no tokens every token is as good as none, at once."""
+    def test_who_is_asked(self) -> None:
+        """A token is asked for where there are some, and nothing is granted without one."""
+        self.assertEqual((self.door.asks, self.door.unasked), (True, None))
         self.door = self.new_door(Access((), ()))
-        for _ in range(3):
-            self.identify("whatever")
-        self.assertEqual(self.answers, [Grant("")] * 3)
-        self.assertEqual(self.log, [])
+        self.assertEqual((self.door.asks, self.door.unasked), (False, Grant("")))
+
+
+class ReviseTests(DoorTestCase):
+    """Other rules than those by which somebody was let in."""
+
+    OTHER = "web's next token 0"
+
+    def assert_still_grants(self, grant: Grant, expected: tuple[bool, bool]) -> None:
+        """A grant stands, or not, if the certificates' authority is the same, and if not."""
+        found = tuple(self.door.still_grants(grant, is_other_ca) for is_other_ca in (False, True))
+        self.assertEqual(found, expected, grant)
+
+    def test_tokens(self) -> None:
+        """A token that is no longer known grants nothing more; one that stays, or is new, does."""
+        rules = Access([("web", digest_of(TOKEN)), ("ops", digest_of(self.OTHER))], ())
+        self.door.revise(rules)
+        self.assert_still_grants(WEB, (True, True))
+        self.door.revise(Access([("ops", digest_of(self.OTHER))], ()))
+        self.assert_still_grants(WEB, (False, False))
+        self.assertIsNone(self.door.by_token("192.0.2.1", TOKEN))
+        self.assertEqual(
+            self.door.by_token("192.0.2.1", self.OTHER), Grant("ops", digest_of(self.OTHER))
+        )
+
+    def test_a_token_of_somebody_else(self) -> None:
+        """A token that stands for another identity now does not go on to stand for the former."""
+        self.door.revise(Access([("ops", digest_of(TOKEN))], ()))
+        self.assert_still_grants(WEB, (False, False))
+
+    def test_a_certificate(self) -> None:
+        """What a certificate grants depends on the authority alone, and on no token."""
+        for tokens in ([("web", digest_of(TOKEN))], []):
+            self.door.revise(Access(tokens, ()))
+            self.assert_still_grants(Grant("web"), (True, False))
+
+    def test_who_has_shown_nothing(self) -> None:
+        """Who has shown nothing may stay as long as nobody is asked."""
+        self.assert_still_grants(Grant(""), (False, False))
+        self.door.revise(Access((), ()))
+        self.assert_still_grants(Grant(""), (True, True))
+
+    def test_who_is_asked(self) -> None:
+        """Whether somebody is asked is up to the rules of now, and so is what a certificate may."""
+        self.door.revise(Access((), [("web", ["add"])]))
+        self.assertFalse(self.door.asks)
+        for grant in (self.door.unasked, self.door.by_certificate("web")):
+            assert grant is not None
+            assert grant.may_call is not None
+            self.assertEqual(grant.may_call("add"), grant.identity == "web")
+
+    def test_a_token_in_question(self) -> None:
+        """A token that waits to be looked at is judged by the rules of the time of the look."""
+        answers: list[Grant | None] = []
+        self.visitor().identify("wrong", self.loop.callLater, answers.append)
+        self.loop.advance(0.5)
+        for token in (TOKEN, self.OTHER):
+            self.visitor().identify(token, self.loop.callLater, answers.append)
+        self.door.revise(Access([("web", digest_of(self.OTHER))], ()))
+        self.loop.pump([0.5] * 10)
+        self.assertCountEqual(answers, [None, None, Grant("web", digest_of(self.OTHER))])
 
 
 class LogTests(DoorTestCase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from base64 import b64encode
 from typing import Any
 
 from hypothesis import given, settings
@@ -120,7 +121,7 @@ class MessageTests(LinkTestCase):
     def test_a_connection_that_the_kernel_has_closed(self) -> None:
         """A message whose descriptor did not fit into this process comes without it."""
         self.connect()
-        self.assertEqual(self.link.take_connection(b"YQ=="), (None, b"a"))
+        self.assertEqual(self.link.take_connection(b"7 YQ=="), (None, b"a"))
 
     def test_a_long_one(self) -> None:
         """A message may have any length."""
@@ -153,6 +154,11 @@ class ConnectionTests(LinkTestCase):
         other.dataReceived(data)
         self.assertEqual(len(taken), 1)
         return taken[0]
+
+    def take(self, fd: int, unread: bytes) -> tuple[int | None, bytes]:
+        """Have a connection's message come."""
+        message = b"%d %s" % (os.fstat(fd).st_ino, b64encode(unread))
+        return self.link.take_connection(message)
 
     def test_a_connection_and_what_was_not_read(self) -> None:
         """The other end gets the same connection, and every byte that was not looked at."""
@@ -236,8 +242,30 @@ class ConnectionTests(LinkTestCase):
         fds = [self.new_fd() for _ in range(3)]
         for fd in fds:
             self.link.fileDescriptorReceived(fd)
-        taken = [self.link.take_connection(unread) for unread in (b"", b"YQ==", b"YmM=")]
+        taken = [self.take(fd, unread) for fd, unread in zip(fds, (b"", b"a", b"bc"), strict=True)]
         self.assertEqual(taken, list(zip(fds, [b"", b"a", b"bc"], strict=True)))
+
+    def test_that_of_another_message(self) -> None:
+        """Where the kernel has closed one its message comes without, and the next has its own."""
+        self.connect()
+        fds = [os.memfd_create("connection") for _ in range(3)]
+        for fd in fds:
+            self.addCleanup(self.close_if_open, fd)
+        first, closed, last = fds
+        for fd in (first, last):
+            self.link.fileDescriptorReceived(fd)
+        taken = [self.take(fd, b"of %d" % number) for number, fd in enumerate(fds)]
+        self.assertEqual(taken, [(first, b"of 0"), (None, b"of 1"), (last, b"of 2")])
+        self.link.close_strays()
+        self.assertTrue(self.is_open(last))
+
+    def test_the_message(self) -> None:
+        """A message names its connection's inode, by which the kernel tells it from others."""
+        self.connect()
+        fd = self.new_fd()
+        self.link.give_connection(b"moved", fd, b"a")
+        expected = b"moved %d YQ==\n" % os.fstat(fd).st_ino
+        self.assertEqual(self.theirs.recv(99), expected)
 
     def test_strays(self) -> None:
         """A connection whose message never comes is closed; one that was taken is not."""
@@ -245,7 +273,7 @@ class ConnectionTests(LinkTestCase):
         taken, stray = self.new_fd(), self.new_fd()
         self.link.fileDescriptorReceived(taken)
         self.link.fileDescriptorReceived(stray)
-        self.link.take_connection(b"")
+        self.take(taken, b"")
         self.link.close_strays()
         self.link.close_strays()
         self.assertEqual([self.is_open(taken), self.is_open(stray)], [True, False])

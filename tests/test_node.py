@@ -144,7 +144,7 @@ class NodeTests(SynchronousTestCase):
             self.assertEqual(self.node.load.tier, Tier.SERVES)
 
     def test_in_doubt(self) -> None:
-        """A connection over which an answer is overdue is not used, until something comes."""
+        """A connection that owes an answer is not used, until what is sent later is answered."""
         for has_others, left in ((True, 0), (False, 1)):
             self.node = self.made(has_others=has_others)
             daemon = self.connect()
@@ -154,6 +154,8 @@ class NodeTests(SynchronousTestCase):
             self.assertEqual(len(self.node.ways), left)
             self.assertTrue(self.node.may_open)
             self.assertEqual(daemon.requests[-1]["function"], "taskd.cancel")
+            daemon.send(id=daemon.requests[0]["id"], result="late")
+            self.assertEqual(len(self.node.ways), left)
             daemon.send(id=daemon.requests[-1]["id"], result=False)
             self.assertEqual(len(self.node.ways), 1)
 

@@ -672,7 +672,7 @@ class Pool:
             worker = self._worn.popleft()
             if not worker.is_gone:
                 self._close(worker)
-                worker.retire()
+                worker.retire(Credentials())
                 return
 
     def worker_worn(self, worker: Worker, cause: Cause) -> None:

@@ -22,6 +22,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.children import Worker
+from taskd.credentials import Credentials
 from taskd.endpoints import listeners_from
 from taskd.errors import StartFailed
 from taskd.link import Offer
@@ -41,6 +42,16 @@ _PR_SET_CHILD_SUBREAPER = 36
 GRACE = 30.0
 KILLED = int(signal.SIGKILL)
 LABEL = b"report".ljust(NAME_BYTES, b"\0")
+
+
+def retire(credentials: Credentials) -> bytes:
+    """Write what a worker is told that is to leave all to those with these credentials."""
+    rules = {"tokens": credentials.tokens, "client_ca": credentials.client_ca}
+    return b"retire " + json.dumps(rules).encode()
+
+
+RETIRE = retire(Credentials())
+"""The same, where nobody is asked who they are."""
 
 
 def exited(status: int) -> int:
@@ -173,8 +184,9 @@ class FakeWorker:
 
     def move(self, fd: int, unread: bytes) -> None:
         """Part with a connection."""
+        inode = os.fstat(fd).st_ino
         self._link.fileDescriptorReceived(fd)
-        self.say(b"moved " + b64encode(unread))
+        self.say(b"moved %d %s" % (inode, b64encode(unread)))
 
     def lose_link(self) -> None:
         self._link.connectionLost(Failure(ConnectionDone()))
@@ -612,9 +624,9 @@ class ReplacingTests(SupervisorTestCase):
         successor = zygote.fork(3)
         self.assertEqual(first.orders, [])
         successor.become_ready()
-        self.assertEqual(first.orders, [b"retire"])
+        self.assertEqual(first.orders, [RETIRE])
         first.leave()
-        self.assertEqual((first.orders, second.orders), ([b"retire", b"go"], []))
+        self.assertEqual((first.orders, second.orders), ([RETIRE, b"go"], []))
         self.machine.advance(60)
         self.assertEqual(zygote.orders, [])
         self.assertEqual(self.restarts, {"max_tasks": 1})
@@ -644,9 +656,9 @@ class ReplacingTests(SupervisorTestCase):
             worker.say(b"replace MAX_TASKS")
         self.assertEqual(zygote.orders, [{"fork": [3]}, {"fork": [4]}])
         zygote.fork(4).become_ready()
-        self.assertEqual((first.orders, second.orders), ([], [b"retire"]))
+        self.assertEqual((first.orders, second.orders), ([], [RETIRE]))
         zygote.fork(3).become_ready()
-        self.assertEqual((first.orders, second.orders), ([b"retire"], [b"retire"]))
+        self.assertEqual((first.orders, second.orders), ([RETIRE], [RETIRE]))
 
     def test_one_that_dies_before(self) -> None:
         """A worn worker that dies before its successor accepts is not replaced once more."""
@@ -668,7 +680,7 @@ class ReplacingTests(SupervisorTestCase):
         self.assertEqual(zygote.orders, [{"fork": [3]}, {"fork": [3]}])
         self.assertEqual(first.orders, [])
         zygote.fork(3).become_ready()
-        self.assertEqual(first.orders, [b"retire"])
+        self.assertEqual(first.orders, [RETIRE])
 
     def test_all_slots_are_taken(self) -> None:
         """Where those that finish hold every slot, the next successor waits for one of them."""
@@ -701,7 +713,7 @@ class ReplacingTests(SupervisorTestCase):
         successor = zygote.fork(3).become_ready()
         successor.slot.take(LABEL, 1060.0)
         second.offer(8)
-        self.assertEqual(first.orders[1:], [b"retire"])
+        self.assertEqual(first.orders[1:], [RETIRE])
         self.assertEqual(self.status["queue"]["waiting"], 1)
 
     def test_tasks_that_wait_keep_nobody(self) -> None:
@@ -712,7 +724,7 @@ class ReplacingTests(SupervisorTestCase):
         second.slot.take(LABEL, 1060.0)
         second.offer(7)
         first.say(b"leaving")
-        self.assertEqual(first.orders, [b"retire", b"go"])
+        self.assertEqual(first.orders, [RETIRE, b"go"])
 
 
 class HungTests(SupervisorTestCase):
@@ -810,7 +822,7 @@ class MovingTests(SupervisorTestCase):
         first.say(b"replace MAX_TASKS")
         fd, inode = self.new_fd()
         first.move(fd, b'{"func')
-        message = b"adopt " + b64encode(b'{"func') + b"\n"
+        message = b"adopt %d %s\n" % (inode, b64encode(b'{"func'))
         self.assertEqual(self.adopted(third), [(message, inode)])
         self.assertEqual([self.adopted(worker) for worker in (first, second)], [[], []])
         with self.assertRaises(OSError):
@@ -842,13 +854,14 @@ class MovingTests(SupervisorTestCase):
         zygote, workers = self.start_whole()
         for worker in workers:
             worker.say(b"replace MAX_TASKS")
-        workers[0].move(self.new_fd()[0], b"a")
+        fd, inode = self.new_fd()
+        workers[0].move(fd, b"a")
         self.machine.advance(1)
         self.assertEqual([worker.adopted for worker in workers], [[], [], []])
         successor = zygote.fork(4)
         self.assertEqual(self.adopted(successor), [])
         successor.become_ready()
-        self.assertEqual([message for message, _ in self.adopted(successor)], [b"adopt YQ==\n"])
+        self.assertEqual(self.adopted(successor), [(b"adopt %d YQ==\n" % inode, inode)])
 
     def test_no_room_on_the_way(self) -> None:
         """A connection that finds no room on a link goes there a little later."""
@@ -898,9 +911,9 @@ class ReloadTests(SupervisorTestCase):
         successors = [new.fork(number) for number in (3, 4)]
         self.assertEqual((first.orders, second.orders), ([], []))
         successors[0].become_ready()
-        self.assertEqual((first.orders, second.orders), ([b"retire"], []))
+        self.assertEqual((first.orders, second.orders), ([RETIRE], []))
         successors[1].become_ready()
-        self.assertEqual((first.orders, second.orders), ([b"retire"], [b"retire"]))
+        self.assertEqual((first.orders, second.orders), ([RETIRE], [RETIRE]))
         self.assertEqual(self.restarts, {"reload": 2})
         self.assertEqual(self.status["supervisor"]["reload"], {"seconds_ago": 0, "failure": None})
 
@@ -963,7 +976,7 @@ class ReloadTests(SupervisorTestCase):
         self.assertEqual(newest.orders[1:], [{"fork": [5, 6]}])
         for number in (5, 6):
             newest.fork(number).become_ready()
-        self.assertEqual([worker.orders for worker in middle], [[b"retire"], [b"retire"]])
+        self.assertEqual([worker.orders for worker in middle], [[RETIRE], [RETIRE]])
 
     def test_what_the_old_zygote_forks_late(self) -> None:
         """Workers of the old code whose fork is told after the new is loaded are replaced too."""
@@ -974,7 +987,7 @@ class ReloadTests(SupervisorTestCase):
         self.assertEqual(new.orders[1:], [{"fork": [3]}, {"fork": [4]}])
         for number in (3, 4):
             new.fork(number).become_ready()
-        self.assertEqual([worker.orders for worker in late], [[b"retire"], [b"retire"]])
+        self.assertEqual([worker.orders for worker in late], [[RETIRE], [RETIRE]])
 
     def test_one_that_is_ready_too_late(self) -> None:
         """A worker that accepts after it was told to retire is given nothing."""
@@ -983,11 +996,11 @@ class ReloadTests(SupervisorTestCase):
         new.say(loaded=True)
         late = old.fork(1)
         serving = new.fork(3).become_ready()
-        self.assertEqual(late.orders, [b"retire"])
+        self.assertEqual(late.orders, [RETIRE])
         late.become_ready()
         serving.slot.take(LABEL, self.machine.seconds())
         serving.offer(7)
-        self.assertEqual((late.orders, self.status["queue"]["waiting"]), ([b"retire"], 1))
+        self.assertEqual((late.orders, self.status["queue"]["waiting"]), ([RETIRE], 1))
 
     def test_what_the_old_zygote_never_forks(self) -> None:
         """What an old zygote was asked to fork before it died is forked by the new one."""
