@@ -61,7 +61,8 @@ class Door:
     def still_grants(self, grant: Grant, is_other_ca: bool) -> bool:
         """Tell whether the rules of now know what a connection has shown."""
         if grant.token:
-            return self._access.by_digest(grant.token) is not None
+            found = self._access.by_digest(grant.token)
+            return found is not None and found.identity == grant.identity
         return not is_other_ca if grant.identity else self.unasked is not None
 
     def penalty(self, host: str) -> float:

@@ -59,6 +59,7 @@ _UNIX_REASONS: Final = {
     errno.EACCES: "not allowed to write to its directory",
     errno.ENOENT: "there is no such directory",
     errno.EADDRINUSE: "another process has taken the path just now",
+    errno.EAGAIN: "another process that is about to listen there takes too long",
 }
 
 

@@ -269,7 +269,8 @@ class TaskProtocol(LongLineReceiver):
             self.transport.abortConnection()
         elif grant is not None and not self._factory.door.still_grants(grant, is_other_ca):
             self._admit(None)
-            self._patience.begin(self._factory.clock())
+            if not self.is_owed_something:
+                self._patience.begin(self._factory.clock())
 
     def cut_off(self, protocol: str) -> None:
         """Close at once: a browser must not even learn that there is somebody."""

@@ -128,6 +128,15 @@ def rehearse(prepared: Prepared) -> None:
     Source:
         0.8 MB less for each worker (``benchmarks/run.py startup``).
     """
+    port, caller = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    try:
+        # Gone before it serves, so that nobody else can call: it asks nobody who they are.
+        with TemporaryDirectory(prefix="taskd-") as private:
+            port.bind(f"{private}/rehearsal")
+            port.listen()
+            caller.connect(port.getsockname())
+    except OSError:
+        return  # nowhere to write, or too deep: it goes without
     reactor = SharingReactor()  # type: ignore[no-untyped-call]
     scoreboard_fd = Scoreboard.create(1)
     everybody = replace(
@@ -136,18 +145,9 @@ def rehearse(prepared: Prepared) -> None:
     worker = _Worker(1, everybody, scoreboard_fd, reactor, memoryview(bytearray(64)))
     os.close(scoreboard_fd)
     ours, theirs = socket.socketpair()
-    # Where nobody else can call: it asks nobody who they are.
-    with (
-        TemporaryDirectory(prefix="taskd-") as private,
-        ours,
-        socket.socket(socket.AF_UNIX) as port,
-        socket.socket(socket.AF_UNIX) as caller,
-    ):
-        port.bind(f"{private}/rehearsal")
-        port.listen()
+    with ours, port, caller:
         port.setblocking(False)
         worker.serve(theirs, [os.dup(port.fileno())], [None])
-        caller.connect(port.getsockname())
         caller.setblocking(False)
         rehearsal = _Rehearsal(ours.sendall)
         reactor.adoptStreamConnection(caller.fileno(), socket.AF_UNIX, OneConnection(rehearsal))  # type: ignore[no-untyped-call]

@@ -172,6 +172,18 @@ class RuleTests(SynchronousTestCase):
         (known,) = (each for each in kept if isinstance(each, dict))
         self.assertEqual(len(known), 4096)
 
+    def test_long_names_are_not_remembered(self) -> None:
+        """Of a name with more than 128 characters the answer is given anew each time."""
+        grant = Access((), [("*", ["x*"])]).unasked()
+        assert grant is not None
+        assert grant.may_call is not None
+        for name in ("x" * 128, "y" * 128, "x" * 129, "y" * 129, "x" * 10**6):
+            for _ in range(2):
+                self.assertEqual(grant.may_call(name), name[0] == "x")
+        kept = [cell.cell_contents for cell in grant.may_call.__closure__ or ()]  # type: ignore[attr-defined]
+        (known,) = (each for each in kept if isinstance(each, dict))
+        self.assertEqual(set(known) - ALWAYS_ALLOWED, {"x" * 128, "y" * 128})
+
     def test_one_memory_for_an_identity(self) -> None:
         """All connections of an identity share what is remembered."""
         first, second = (self.access.by_token(token) for token in (OPS, OPS_NEXT))

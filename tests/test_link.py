@@ -251,7 +251,7 @@ class ConnectionTests(LinkTestCase):
         fds = [os.memfd_create("connection") for _ in range(3)]
         for fd in fds:
             self.addCleanup(self.close_if_open, fd)
-        first, closed, last = fds
+        first, _, last = fds
         for fd in (first, last):
             self.link.fileDescriptorReceived(fd)
         taken = [self.take(fd, b"of %d" % number) for number, fd in enumerate(fds)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -9,10 +10,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Timer
+from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from taskd import listening
 from taskd.errors import StartFailed
 from taskd.listening import (
     SocketFile,
@@ -173,6 +176,45 @@ class UnixTests(SynchronousTestCase):
                 self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), mode)
                 file.remove()
                 made.close()
+
+    def test_a_link_in_its_place(self) -> None:
+        """Where its file has made way for a link, the file that this leads to keeps its mode."""
+        precious = self.directory / "precious"
+        precious.touch(0o600)
+
+        def swap(path: str, *_: Any) -> None:
+            os.unlink(path)
+            os.symlink(precious, path)
+
+        self.patch(listening, "_give", swap)
+        self.assertTrue(self.refused(0o666).startswith(f"cannot listen on {self.path}: "))
+        self.assertEqual(stat.S_IMODE(precious.stat().st_mode), 0o600)
+
+    def test_a_lock_that_is_held(self) -> None:
+        """Where another process holds the lock the start fails after a while; all stays."""
+        self.patch(listening, "_TURN_SECONDS", 0.05)
+        lock = Path(f"{self.path}.starting")
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            self.assertEqual(
+                self.refused(),
+                f"cannot listen on {self.path}: "
+                "another process that is about to listen there takes too long",
+            )
+            self.assertEqual(self.names(), [lock.name])
+        self.bound()
+        self.assertEqual(self.names(), ["taskd.sock"])
+
+    def test_a_lock_that_is_let_go(self) -> None:
+        """A lock that another process lets go of in time is waited for."""
+        lock = Path(f"{self.path}.starting")
+        held = lock.open("w")
+        fcntl.flock(held, fcntl.LOCK_EX)
+        timer = Timer(0.1, held.close)
+        timer.start()
+        self.addCleanup(timer.join)
+        self.bound()
+        self.assertTrue(held.closed)
 
     def test_left_behind(self) -> None:
         """A socket that nobody listens on any more is replaced."""

@@ -34,6 +34,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.call import Call
 from taskd.children import Worker
+from taskd.credentials import Credentials
 from taskd.dispatcher import Dispatcher, Peer, Task
 from taskd.errors import CallError, Cancelled
 from taskd.executor import Executor

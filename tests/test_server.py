@@ -14,11 +14,19 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
-from taskd.access import Access, digest_of
+from taskd.access import Access, Grant, digest_of
 from taskd.errors import WorkerLost
 from taskd.functions import Function, Kind, progress, task
 from taskd.server import TaskProtocol
-from tests.support import PATIENCE, FakePool, MemoryDaemon, MemoryTransport, line_of, log_of
+from tests.support import (
+    ANYBODY,
+    PATIENCE,
+    FakePool,
+    MemoryDaemon,
+    MemoryTransport,
+    line_of,
+    log_of,
+)
 
 
 class SecureTransport(MemoryTransport):
@@ -453,6 +461,15 @@ class IdlenessTests(ServerTestCase):
         self.daemon.loop.advance(2)
         self.assertTrue(self.transport.disconnected)
 
+    def test_what_still_comes_over_tls(self) -> None:
+        """What a TLS peer sends before it has heard the goodbye is not run: so that says."""
+        protocol, transport = connect_securely(self.daemon)
+        protocol.dataReceived(line_of("echo", 1) + b'{"function": "la')
+        self.sweep_after(10.1)
+        self.assertTrue(transport.disconnecting)
+        protocol.dataReceived(b'ter"}\n' + line_of("later") + line_of("echo", 2))
+        self.assertEqual((self.late, transport.messages), ([], [1]))
+
     def test_requests_count(self) -> None:
         """Each request, and each keep-alive, gives it the time anew."""
         for line in (line_of("echo"), b"\n"):
@@ -558,6 +575,18 @@ class FullTests(ServerTestCase):
             self.late[number].callback(None)
         self.assertTrue(transport.is_read)
         self.assertEqual([reply["id"] for reply in transport.messages], [0, 1, 2, 3])
+
+    def test_replies_that_wait_for_their_turn(self) -> None:
+        """A reply that waits for one before it counts like a call, and what came waits as well."""
+        self.daemon = self.new_daemon(max_in_flight=4)
+        protocol, transport = self.daemon.connect()
+        asked = line_of("later") + b"".join(line_of("echo", number) for number in range(9))
+        protocol.dataReceived(asked)
+        self.assertEqual((transport.is_read, transport.messages), (False, []))
+        self.assertEqual(protocol.unread, b"".join(line_of("echo", n) for n in range(3, 9)))
+        self.late[0].callback("late")
+        self.assertEqual(transport.messages, ["late", *range(9)])
+        self.assertTrue(transport.is_read)
 
     def test_a_peer_that_does_not_read(self) -> None:
         """A peer that leaves more than 64 KiB unread is not read from until it has read all."""
@@ -886,13 +915,16 @@ class LostTests(ServerTestCase):
             self.assertEqual(self.protocol.unread, b"")
 
 
+def grant_of(protocol: TaskProtocol) -> Grant | None:
+    """Tell what a connection may do now."""
+    return protocol._session.grant
+
+
 WEB, OPS = "web's token 0123", "ops' token 01234"
 ACCESS = Access([("web", digest_of(WEB)), ("ops", digest_of(OPS))], [("web", ["echo"])])
 
 
-class IdentityTests(ServerTestCase):
-    """Callers that have to say who they are."""
-
+class IdentityTestCase(ServerTestCase):
     LONGEST = 100_000
 
     def setUp(self) -> None:
@@ -926,6 +958,22 @@ class IdentityTests(ServerTestCase):
         protocol.dataReceived(line_of("taskd.auth", "wrong"))
         self.daemon.loop.advance(4)
         self.assertEqual(self.gist(transport), ["unauthorized"])
+
+    def moved(self, luggage: bytes) -> MemoryTransport:
+        """Give the transport of a connection that came from another worker."""
+        self.protocol, transport = self.daemon.factory.buildProtocol(None), MemoryTransport()
+        transport.protocol = self.protocol
+        self.protocol.makeConnection(transport)
+        self.protocol.adopted(luggage)
+        return transport
+
+    def sweep_after(self, seconds: float) -> None:
+        self.daemon.loop.advance(seconds)
+        self.daemon.factory.sweep()
+
+
+class IdentityTests(IdentityTestCase):
+    """Callers that have to say who they are."""
 
     def test_the_right_token(self) -> None:
         """Requests may follow a token at once; all replies leave in a single write."""
@@ -1025,14 +1073,6 @@ class IdentityTests(ServerTestCase):
         self.assertEqual(self.taken, [digest_of(WEB).encode() + b" " + line_of("echo", 1)])
         self.assertEqual(self.daemon.slot.callers, {})
 
-    def moved(self, luggage: bytes) -> MemoryTransport:
-        """Give the transport of a connection that came from another worker."""
-        self.protocol, transport = self.daemon.factory.buildProtocol(None), MemoryTransport()
-        transport.protocol = self.protocol
-        self.protocol.makeConnection(transport)
-        self.protocol.adopted(luggage)
-        return transport
-
     def test_a_moved_connection(self) -> None:
         """A connection takes the digest of its token along, and what was not read behind it."""
         self.protocol.dataReceived(line_of("taskd.auth", WEB) + b'{"func')
@@ -1062,6 +1102,20 @@ class IdentityTests(ServerTestCase):
         transport = self.moved(b" " + line_of("echo", 1))
         self.assertEqual(self.gist(transport), ["unauthorized"])
 
+    def test_a_moved_stranger(self) -> None:
+        """One that nobody knows any more has to say who it is in the time for a first line."""
+        unknown = digest_of("an old token 0123").encode()
+        for luggage in (unknown + b" ", b" ", unknown + b' {"func'):
+            transport = self.moved(luggage)
+            self.sweep_after(30)
+            self.assertEqual(transport.messages, [], luggage)
+            self.sweep_after(0.1)
+            self.assertEqual(self.gist(transport), ["malformed"], luggage)
+        transport = self.moved(unknown + b" " + line_of("taskd.auth", WEB))
+        known = self.moved(digest_of(WEB).encode() + b" ")
+        self.sweep_after(3600)
+        self.assertEqual((self.gist(transport), self.gist(known)), (["web"], []))
+
     def test_a_certificate(self) -> None:
         """Who has shown a certificate in the handshake needs no token, and may what it may."""
         protocol, transport = connect_securely(self.daemon, "web")
@@ -1079,6 +1133,33 @@ class IdentityTests(ServerTestCase):
         protocol, transport = connect_securely(self.daemon)
         protocol.dataReceived(line_of("echo", 1))
         self.assertEqual((self.gist(transport), transport.disconnecting), (["unauthorized"], True))
+
+    def test_before_the_handshake(self) -> None:
+        """Before the handshake nothing is granted; after it what a peer has shown, or need not."""
+        for access, identity, grant in (
+            (ACCESS, "web", ACCESS.by_certificate("web")),
+            (ACCESS, "", None),
+            (ANYBODY, "web", ANYBODY.by_certificate("web")),
+            (ANYBODY, "", ANYBODY.unasked()),
+        ):
+            self.daemon = self.new_daemon(access=access)
+            protocol, transport = connect_securely(self.daemon, None)
+            self.assertIsNone(grant_of(protocol))
+            transport.peer_identity = identity
+            protocol.handshakeCompleted()
+            self.assertEqual(grant_of(protocol), grant)
+
+    def test_a_token_where_nobody_is_asked(self) -> None:
+        """Where nobody is asked for a token one changes nothing: a certificate's grant stays."""
+        self.daemon = self.new_daemon(access=Access((), [("web", ["echo"])]))
+        protocol, transport = connect_securely(self.daemon, "web")
+        protocol.dataReceived(line_of("taskd.auth", WEB) + line_of("echo", 1) + line_of("later"))
+        self.assertEqual(self.gist(transport), ["web", 1, "unauthorized"])
+        self.assertEqual(self.daemon.slot.callers, {"web": 1})
+        plain, others = self.daemon.connect()
+        plain.dataReceived(line_of("taskd.auth", WEB) + line_of("echo", 1))
+        self.assertEqual(self.gist(others), [None, "unauthorized"])
+        self.assertTrue(transport.is_read and others.is_read)
 
     def test_a_failed_handshake(self) -> None:
         """A handshake that failed is told of in the log; an end in it, or after it, is not."""
@@ -1112,6 +1193,206 @@ class IdentityTests(ServerTestCase):
             protocol, transport = self.daemon.connect()
             protocol.dataReceived(b"\r\n" + line)
             self.assertTrue(transport.is_half_closed, line)
+
+
+OPS_NEXT = "ops' next token 0"
+
+
+class ReviewTests(IdentityTestCase):
+    """Connections of a worker that retires, while those who stay have other rules."""
+
+    FORMER = Access([("web", digest_of(WEB)), ("ops", digest_of(OPS))], ())
+    RENEWED = Access([("web", digest_of(WEB)), ("ops", digest_of(OPS_NEXT))], ())
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.takes = True
+
+    def new_daemon(self, **settings: Any) -> MemoryDaemon:
+        return super().new_daemon(**{"access": self.FORMER, **settings})
+
+    def take(self, socket: Any, luggage: bytes) -> bool:
+        return self.takes and super().take(socket, luggage)
+
+    def connect_as(self, token: str) -> tuple[TaskProtocol, MemoryTransport]:
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(line_of("taskd.auth", token))
+        transport.clear()
+        return protocol, transport
+
+    def pass_on(self, access: Access | None = RENEWED, *, is_other_ca: bool = False) -> None:
+        self.daemon.factory.pass_on(self.take, access, is_other_ca=is_other_ca)
+        self.daemon.loop.advance(0.05)  # all are held still that long
+
+    def test_a_revoked_token(self) -> None:
+        """With its token a connection loses what that granted, at once, and does not go first."""
+        protocol, transport = self.connect_as(OPS)
+        self.pass_on()
+        self.assertEqual((self.daemon.slot.callers, self.taken), ({}, []))
+        protocol.dataReceived(line_of("echo", 1) + line_of("echo", 2))
+        self.assertEqual((self.gist(transport), self.taken), (["unauthorized"], []))
+        self.assertTrue(transport.is_half_closed)
+
+    def test_its_long_lines(self) -> None:
+        """Its lines are a stranger's then."""
+        protocol, transport = self.connect_as(OPS)
+        self.pass_on()
+        protocol.dataReceived(b"x" * 4097)
+        self.assertEqual(self.gist(transport), ["line-too-long"])
+
+    def test_its_call_in_flight(self) -> None:
+        """What it has asked for before is answered, however long that takes; no more is run."""
+        protocol, transport = self.connect_as(OPS)
+        protocol.dataReceived(line_of("later", id=1))
+        self.pass_on()
+        self.sweep_after(3600)
+        self.assertEqual((transport.messages, transport.is_half_closed), ([], False))
+        self.late[0].callback("late")
+        self.assertEqual(transport.messages, [{"id": 1, "result": "late"}])
+        self.assertEqual(self.taken, [b" "])
+
+    def test_a_call_behind_one_in_flight(self) -> None:
+        """What it asks for meanwhile is unauthorized, and it is hung up on after its reply."""
+        protocol, transport = self.connect_as(OPS)
+        protocol.dataReceived(line_of("later"))
+        self.pass_on()
+        protocol.dataReceived(line_of("later") + line_of("echo", 1))
+        self.assertEqual((transport.messages, len(self.late)), ([], 1))
+        self.late[0].callback("late")
+        self.assertEqual(self.gist(transport), ["late", "unauthorized"])
+        self.assertEqual((transport.is_half_closed, self.taken), (True, []))
+
+    def test_a_new_token(self) -> None:
+        """A new token is good at the old worker already, and goes with the connection."""
+        protocol, transport = self.connect_as(OPS)
+        self.pass_on()
+        protocol.dataReceived(line_of("taskd.auth", OPS_NEXT))
+        self.assertEqual(self.gist(transport), ["ops"])
+        self.assertEqual(self.taken, [digest_of(OPS_NEXT).encode() + b" "])
+
+    def test_a_new_token_with_a_call_in_flight(self) -> None:
+        """So it is where a call is in flight, and what is asked for behind it is run."""
+        pool = self.daemon.executor.pool = FakePool()
+        pool.answer = b"1\n"
+        protocol, transport = self.connect_as(OPS)
+        protocol.dataReceived(line_of("later"))
+        self.pass_on()
+        protocol.dataReceived(line_of("taskd.auth", OPS_NEXT) + line_of("echo", 1))
+        self.late[0].callback("late")
+        self.assertEqual(self.gist(transport), ["late", "ops", 1])
+        self.assertEqual(self.taken, [digest_of(OPS_NEXT).encode() + b" "])
+
+    def test_the_revoked_token_again(self) -> None:
+        """The revoked token is wrong at the old worker as well."""
+        protocol, transport = self.connect_as(OPS)
+        self.pass_on()
+        protocol.dataReceived(line_of("taskd.auth", OPS))
+        self.daemon.loop.advance(0.5)
+        self.assertEqual((self.gist(transport), self.taken), (["unauthorized"], []))
+
+    def test_its_time(self) -> None:
+        """A connection that has lost its grant has the time of a first line for a new one."""
+        self.lose()
+        _, transport = self.connect_as(OPS)
+        self.sweep_after(100)
+        self.pass_on()
+        self.sweep_after(29.9)
+        self.assertEqual(transport.messages, [])
+        self.sweep_after(0.1)
+        self.assertEqual((self.gist(transport), self.taken), (["malformed"], []))
+
+    def test_a_token_that_stays(self) -> None:
+        """Whoever has shown a token that stays keeps what it granted, and goes with it."""
+        pool = self.daemon.executor.pool = FakePool()
+        pool.answer = b"1\n"
+        _, idles = self.connect_as(WEB)
+        busy, transport = self.daemon.connect()
+        busy.dataReceived(line_of("taskd.auth", WEB) + line_of("later"))
+        self.pass_on()
+        self.assertEqual((self.taken, idles.messages), ([digest_of(WEB).encode() + b" "], []))
+        self.assertEqual(self.daemon.slot.callers, {"web": 1})
+        busy.dataReceived(line_of("echo", 1))
+        self.late[0].callback("late")
+        self.assertEqual(self.gist(transport), ["web", "late", 1])
+        self.assertEqual(self.taken, [digest_of(WEB).encode() + b" "] * 2)
+
+    def test_a_certificate(self) -> None:
+        """A certificate stays good under the same authority, and under another it is not."""
+        for is_other_ca, gist in ((False, ["late", "1"]), (True, ["late", "unauthorized"])):
+            self.daemon = self.new_daemon()
+            pool = self.daemon.executor.pool = FakePool()
+            pool.answer = b'"1"\n'
+            protocol, transport = connect_securely(self.daemon, "ops")
+            protocol.dataReceived(line_of("later"))
+            self.pass_on(is_other_ca=is_other_ca)
+            self.assertEqual(self.daemon.slot.callers, {} if is_other_ca else {"ops": 1})
+            protocol.dataReceived(line_of("echo"))
+            self.late.pop().callback("late")
+            self.assertEqual((self.gist(transport), transport.disconnecting), (gist, True))
+
+    def test_a_token_over_tls(self) -> None:
+        """What a token grants depends on no authority for certificates."""
+        protocol, transport = connect_securely(self.daemon)
+        protocol.dataReceived(line_of("taskd.auth", WEB) + line_of("echo", 1))
+        self.pass_on(is_other_ca=True)
+        self.assertEqual(self.gist(transport), ["web", 1])
+        self.assertTrue(transport.disconnecting)
+
+    def test_a_handshake(self) -> None:
+        """Who shakes hands meanwhile is cut off if certificates have another authority now."""
+        for is_other_ca in (False, True):
+            _, transport = connect_securely(self.daemon, None)
+            self.pass_on(is_other_ca=is_other_ca)
+            self.assertEqual(transport.disconnected, is_other_ca)
+        self.assertEqual(transport.writes, [])
+
+    def test_a_handshake_under_the_same_authority(self) -> None:
+        """Otherwise it comes to its end, and the rules of those who stay are what counts."""
+        for access, gist in (
+            (self.RENEWED, ["unauthorized"]),
+            (Access((), ()), ["here"]),
+        ):
+            self.daemon = self.new_daemon()
+            pool = self.daemon.executor.pool = FakePool()
+            pool.answer = b'"here"\n'
+            protocol, transport = connect_securely(self.daemon, None)
+            self.pass_on(access)
+            protocol.handshakeCompleted()
+            protocol.dataReceived(line_of("echo"))
+            self.assertEqual(self.gist(transport), gist)
+
+    def test_where_nobody_was_asked(self) -> None:
+        """Who was asked for nothing has to show a token once those who stay ask for one."""
+        self.daemon = self.new_daemon(access=ANYBODY)
+        protocol, transport = self.daemon.connect()
+        protocol.dataReceived(line_of("echo", 1))
+        other, others = self.daemon.connect()
+        other.dataReceived(line_of("echo", 1))
+        self.pass_on()
+        self.assertEqual(self.taken, [])
+        protocol.dataReceived(line_of("echo", 2))
+        self.assertEqual(self.gist(transport), [1, "unauthorized"])
+        other.dataReceived(line_of("taskd.auth", WEB))
+        self.assertEqual(self.gist(others), [1, "web"])
+        self.assertEqual(self.taken, [digest_of(WEB).encode() + b" "])
+
+    def test_who_has_not_asked_yet(self) -> None:
+        """Who has not said anything yet is asked by the rules of those who stay."""
+        protocol, transport = self.daemon.connect()
+        self.pass_on()
+        self.takes = False
+        protocol.dataReceived(line_of("taskd.auth", OPS_NEXT) + line_of("taskd.auth", OPS))
+        self.daemon.loop.advance(0.5)
+        self.assertEqual(self.gist(transport), ["ops", "unauthorized"])
+
+    def test_the_same_rules(self) -> None:
+        """Where a worker retires under the same rules everybody keeps what they have."""
+        for access in (None, self.FORMER):
+            self.daemon = self.new_daemon()
+            self.connect_as(OPS)
+            self.taken.clear()
+            self.pass_on(access)
+            self.assertEqual(self.taken, [digest_of(OPS).encode() + b" "])
 
 
 class ForeignTests(ServerTestCase):

@@ -486,6 +486,47 @@ class FullTests(SessionTestCase):
             self.ask("nowhere")
         self.assertEqual(self.peer.holds, [])
 
+    def test_what_waits_for_its_turn(self) -> None:
+        """What is answered at once counts while it waits for a reply before it, of any kind."""
+        for asks in (
+            lambda peer: peer.ask("now", 1),
+            lambda peer: peer.ask("nowhere"),
+            lambda peer: peer.ask("taskd.cancel", 1),
+            lambda peer: peer.ask("taskd.auth", 5),
+        ):
+            peer = Conversation(max_in_flight=4)
+            peer.ask("later", "a")
+            for _ in range(2):
+                asks(peer)
+                self.assertEqual(peer.holds, [])
+            asks(peer)
+            asks(peer)
+            self.assertEqual(peer.holds, [True])
+            peer.runner.finish("a")
+            self.assertEqual((peer.holds, len(peer.replies)), ([True, False], 5))
+
+    def test_calls_that_wait_for_their_turn(self) -> None:
+        """Calls that have ended and wait for one before them count; reading goes on at half."""
+        self.ask_for("abc")
+        for label in "bc":
+            self.runner.finish(label)
+        self.assertEqual(self.peer.holds, [])
+        self.ask("later", "d")
+        self.assertEqual(self.peer.holds, [True])
+        self.ask("later", "e", id=5)
+        self.runner.finish("e")
+        self.assertEqual(self.peer.holds, [True])
+        self.runner.finish("a")
+        self.assertEqual(self.peer.holds, [True, False])
+
+    def test_with_an_id_it_waits_for_nothing(self) -> None:
+        """What is answered at once under its id does not count, whatever is in flight."""
+        self.ask("later", "a")
+        for number in range(20):
+            self.ask("now", number, id=number)
+            self.ask("nowhere", id=number)
+        self.assertEqual(self.peer.holds, [])
+
     def test_a_lost_peer(self) -> None:
         """Nobody goes on reading from a peer that is lost."""
         self.ask_for("abcd")

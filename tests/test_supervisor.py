@@ -917,6 +917,20 @@ class ReloadTests(SupervisorTestCase):
         self.assertEqual(self.restarts, {"reload": 2})
         self.assertEqual(self.status["supervisor"]["reload"], {"seconds_ago": 0, "failure": None})
 
+    def test_new_credentials(self) -> None:
+        """Who retires is told the tokens and authorities of those who stay."""
+        _, (first, second) = self.start_whole()
+        renewed = Credentials(tokens=(("web", "digest"),), client_ca="AUTHORITY")
+        self.patch(self.supervisor, "credentials", lambda: renewed)
+        new = self.reload()
+        first.say(b"replace MAX_TASKS")
+        self.machine.zygotes[0].fork(3).become_ready()
+        self.assertEqual(first.orders, [RETIRE])
+        new.say(loaded=True)
+        for number in (4, 5):
+            new.fork(number).become_ready()
+        self.assertEqual((first.orders, second.orders), ([RETIRE], [retire(renewed)]))
+
     def test_the_old_zygote(self) -> None:
         """The old zygote is let go when its last worker has gone, and is not replaced."""
         old, (first, second) = self.start_whole()

@@ -271,8 +271,15 @@ class HandshakeTests(SynchronousTestCase):
         ):
             meeting = Meeting(self.secure, CallersTerms(protocols=protocols))
             self.assertEqual(meeting.server.handshakes, [b""] if is_ours else [], protocols)
-            if not is_ours:
+            if is_ours:
+                self.assertIsNone(meeting.server.lost)
+                chosen = meeting.callers.get_alpn_proto_negotiated()
+                self.assertEqual(chosen, ALPN if protocols else b"")
+            else:
                 self.assertIsInstance(meeting.server.lost, SSL.Error)
+                words = reason_of(meeting.server.lost)
+                self.assertEqual(words, "it offers other protocols than taskd/1")
+                self.assertEqual(meeting.client.received, b"")
 
     def test_what_is_no_tls(self) -> None:
         """Who speaks plain text gets none back, and the reason is kept for the log."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import select
 import signal
@@ -18,7 +19,7 @@ from twisted.trial.unittest import TestCase
 from taskd.client import TaskClient, call_once
 from taskd.errors import Unauthorized
 from tests.integration.callers import by_token, with_token
-from tests.integration.case import DaemonTestCase, RefusedTestCase
+from tests.integration.case import DaemonTestCase, RefusedTestCase, lines_of
 from tests.integration.daemon import (
     SAMPLE_TASKS,
     Connection,
@@ -40,6 +41,21 @@ TOKENS: Final = f"# who calls\n\nweb:{WEB}\nops:{OPS}\n"
 CREDENTIAL: Final = "taskd.token"
 
 VERSION: Final = "from taskd import task\n@task\ndef version():\n    return {version}\n"
+
+WATCH: Final = """
+import json, os, sys
+
+def note(event, args):
+    if event == "socket.bind":
+        bound, address = args
+        is_path = isinstance(address, str)
+        mode = os.stat(os.path.dirname(address)).st_mode & 0o777 if is_path else None
+        with open("binds", "a") as file:
+            print(json.dumps([bound.family.name, mode, address]), file=file)
+
+sys.addaudithook(note)
+"""
+"""Has each process that is forked, and the one that forks them, note every socket it binds."""
 
 
 def plainly(daemon: Daemon) -> Connection:
@@ -160,7 +176,9 @@ class AuthTests(IdentityTestCase):
         self.load_anew(daemon)
         self.rewrite(daemon, f"web:{WEB}\n:{WRONG}\n")
         daemon.signal(signal.SIGHUP)
-        self.wait_for_log(daemon, "a wrong token", f"--token-file {FILE}, line 2")
+        self.wait_for_log(
+            daemon, "a wrong token", f"--token-file {daemon.directory / FILE}, line 2"
+        )
         shown = daemon.log + daemon.errors
         processes = daemon.processes()
         self.assertGreaterEqual(len(processes), 4)
@@ -318,6 +336,28 @@ class RotationTests(IdentityTestCase):
         self.assert_turned_away(owed, "add", [1, 2])
         self.assertEqual(new.ask("add", [1, 2]), 3)
 
+    def test_revoked_with_a_call_in_flight(self) -> None:
+        """Who has a call in flight gets its reply, and no more is run for its revoked token."""
+        daemon = self.start_asking(tokens=f"{TOKENS}web:{NEW_WEB}\n")
+        revoked, stays = self.connect_as(daemon, WEB), self.connect_as(daemon, NEW_WEB)
+        held = [self.begin(daemon, each, "hold", id="hold") for each in (revoked, stays)]
+        self.rewrite(daemon, f"web:{NEW_WEB}\nops:{OPS}\n")
+        self.load_anew(daemon)
+        touched, path = self.path(daemon), self.path(daemon)
+        revoked.request("touch", [path], id=1)
+        stays.request("touch", [touched], id=1)
+        reply = revoked.reply()
+        self.assertEqual(reply["id"], 1)
+        self.assert_error(reply, "unauthorized")
+        self.assertEqual(stays.reply(), {"id": 1, "result": None})
+        for each in held:
+            Path(each).touch()
+        for connection in (revoked, stays):
+            self.assertEqual(connection.reply(), {"id": "hold", "result": "released"})
+        self.assertEqual(revoked.rest(), b"")
+        self.assertEqual(stays.ask("add", [1, 2]), 3)
+        self.assertEqual((os.path.exists(path), os.path.exists(touched)), (False, True))
+
     def test_unusable_file(self) -> None:
         """A token file that cannot be used leaves the old tokens, and log and status say why."""
         daemon = self.start_asking()
@@ -362,6 +402,38 @@ class RotationTests(IdentityTestCase):
         self.assertEqual(self.connect_as(daemon, f"{NEW_WEB}3").ask("version"), 3)
 
 
+class LoadingTests(IdentityTestCase):
+    """What a daemon does before it forks its workers, where nobody is asked yet."""
+
+    def start_watched(self, **more: Any) -> Daemon:
+        tasks = VERSION.format(version=1) + WATCH
+        return self.start_asking(tasks="tasks.py", files={"tasks.py": tasks}, **more)
+
+    def test_no_port(self) -> None:
+        """It binds no TCP port, but one socket in a directory for itself, which goes at once."""
+        daemon = self.start_watched()
+        binds = str(daemon.directory / "binds")
+        for times in range(1, 4):
+            found = [json.loads(line) for line in lines_of(binds)]
+            self.assertEqual(
+                [(family, mode) for family, mode, _ in found], times * [("AF_UNIX", 0o700)]
+            )
+            for _, _, path in found:
+                self.assertFalse(os.path.exists(os.path.dirname(path)))
+            if times < 3:
+                self.load_anew(daemon)
+        self.assertEqual(daemon.ask("version"), 1)
+
+    def test_no_room_for_it(self) -> None:
+        """Where no such socket can be it goes without, and the daemon serves."""
+        deep = temporary_directory(self) / ("x" * 110)
+        deep.mkdir()
+        daemon = self.start_watched(environ={"TMPDIR": str(deep)})
+        self.load_anew(daemon)
+        self.assertEqual(daemon.ask("version"), 1)
+        self.assertEqual((lines_of(str(daemon.directory / "binds")), os.listdir(deep)), ([], []))
+
+
 class FileTests(RefusedTestCase):
     def test_unusable_file(self) -> None:
         """A token file that cannot be used ends the start, and what stands in it is not shown."""
@@ -380,7 +452,9 @@ class FileTests(RefusedTestCase):
         reasons = [*(words for _, _, words in cases), "No such file", "directory"]
         refused = self.refuse_all(*(("--token-file", path) for path in paths))
         for ended, path, words in zip(refused, paths, reasons, strict=True):
-            self.assert_refused(ended, f"--token-file {path}", words)
+            # What is not absolute is so in the daemon's directory.
+            said = f"--token-file {path}" if path.startswith("/") else "--token-file /"
+            self.assert_refused(ended, said, words)
             self.assertNotIn(WEB[:12], ended.errors + ended.output)
 
     def test_rules_that_cannot_be(self) -> None:

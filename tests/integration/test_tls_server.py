@@ -484,9 +484,9 @@ class RefusedStartTests(RefusedTestCase):
             (("--key", KEY), ("--tls and --key",)),
             (("--tls-port", "0"), ("--tls-port", "--tls CERT")),
             (("--client-ca", CERTIFICATE), ("--client-ca", "without TLS")),
-            ((*OPTIONS, "--client-ca", "none"), ("--client-ca none", "No such file")),
+            ((*OPTIONS, "--client-ca", "none"), ("--client-ca /", "/none: No such file")),
             ((*OPTIONS, "--client-ca", KEY), ("--client-ca",)),
-            (("--tls", "none", "--key", KEY), ("--tls none", "No such file")),
+            (("--tls", "none", "--key", KEY), ("--tls /", "/none: No such file")),
         )
         refused = self.refuse_all(*(case[0] for case in cases), files=files, secrets=secrets)
         for ended, (_, words) in zip(refused, cases, strict=True):
@@ -546,6 +546,23 @@ class SilentTests(TlsServerTestCase):
         self.assert_ends_in_order(caller)
         caller.close()
         daemon.wait_until_gone()
+
+
+class IdleTests(TlsServerTestCase):
+    def test_a_request_behind_the_goodbye(self) -> None:
+        """What comes over an idle connection after its goodbye is not run: so that says."""
+        daemon = self.start_secure("--idle-timeout", "0.5", procs=1)
+        path = self.path(daemon)
+        with self.secure(daemon) as sock:
+            sock.sendall(b'{"function": "add", "args": [1, 2]}\n')
+            self.assertEqual(self.all_that_is_said(sock), b"3\n")
+            request = {"function": "touch", "args": [path]}
+            sock.sendall(json.dumps(request).encode() + b"\n")
+            with sock.unwrap() as under:  # says goodbye, too: so all of it has come
+                self.assertEqual(self.all_that_is_said(under), b"")
+        # The one worker's one thread would have run it before this.
+        self.assertEqual(daemon.ask("add", [1, 2]), 3)
+        self.assertFalse(os.path.exists(path))
 
 
 class UnreadTests(TlsServerTestCase, HostileTestCase):
