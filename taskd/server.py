@@ -85,8 +85,7 @@ class TaskProtocol(LongLineReceiver):
         self._replies: list[bytes] = []
         self._is_receiving = False
         self._linger: IDelayedCall | None = None
-        self._has_peer_ended = False
-        self._is_hanging_up = False
+        self._has_peer_ended = self._is_hanging_up = False
         self._patience = Patience(settings.first_line_seconds, settings.idle_seconds)
         self._holds = 0
         self._awaits_handshake = False
@@ -481,12 +480,13 @@ class TaskServerFactory(Factory):
             access: Who may do what from now on; None: as before.
             is_other_ca: True: certificates that were verified here count no more.
         """
-        self.move = move
+        is_first, self.move = self.move is None, move
         if access is not None:
             self.door.revise(access)
             for connection in list(self._connections):
                 connection.review(is_other_ca)
-        Departure(lambda: self._connections, self.loop.callLater)
+        if is_first:
+            Departure(lambda: self._connections, self.loop.callLater)
 
     def cut_off(self) -> None:
         """Close those whose peers do not read; who has not asked yet has a limit of its own."""

@@ -223,6 +223,8 @@ class Supervisor(Service):
         if is_reload:
             for worker in list(self._workers.values()):
                 self._wear_out(worker, Cause.RELOAD)
+                if worker.is_retired:
+                    worker.retire(self._zygotes.credentials)  # they may be others than it knows
         self._fill()
 
     def zygote_gone(self, zygote: Zygote, is_current: bool) -> None:

@@ -385,20 +385,21 @@ class _Worker:
             rules: ``tokens`` and ``client_ca`` of those who stay, as JSON: what a
                 connection has shown has to be good for them until it goes there.
         """
-        if self._is_retired or self._is_stopping:
+        if self._is_stopping:
             return
-        self._is_retired = True
-        self._executor.on_idle = self._factory.on_empty = self._go_if_done
-        self._close_ports()
-        self._executor.lane.retire()
-        self._executor.hand_over_all()
+        if not self._is_retired:  # else a reload has brought other rules
+            self._is_retired = True
+            self._executor.on_idle = self._factory.on_empty = self._go_if_done
+            self._close_ports()
+            self._executor.lane.retire()
+            self._executor.hand_over_all()
+            self._reactor.callLater(self._settings.grace_seconds, self._cut_off)
         told = json.loads(rules)
         self._factory.pass_on(
             partial(self._link.give_connection, b"moved"),
             Access(told["tokens"], self._settings.allow),
             is_other_ca=told["client_ca"] != self._client_ca,
         )
-        self._reactor.callLater(self._settings.grace_seconds, self._cut_off)
         self._go_if_done()
 
     def _cut_off(self) -> None:

@@ -1385,6 +1385,21 @@ class ReviewTests(IdentityTestCase):
         self.daemon.loop.advance(0.5)
         self.assertEqual(self.gist(transport), ["ops", "unauthorized"])
 
+    def test_other_rules_again(self) -> None:
+        """When the rules change once more it is looked at anew, and held still no more often."""
+        protocol, transport = self.connect_as(OPS)
+        protocol.dataReceived(line_of("later", id=1))
+        self.pass_on(self.FORMER)
+        timers = len(self.daemon.loop.getDelayedCalls())
+        self.pass_on(self.RENEWED)
+        self.assertEqual(len(self.daemon.loop.getDelayedCalls()), timers)
+        self.assertEqual(self.daemon.slot.callers, {})
+        protocol.dataReceived(line_of("echo", 1, id=2))
+        self.late[0].callback("late")
+        (refusal, reply) = transport.messages
+        self.assertEqual((refusal["id"], refusal["error"]["code"]), (2, "unauthorized"))
+        self.assertEqual(reply, {"id": 1, "result": "late"})
+
     def test_the_same_rules(self) -> None:
         """Where a worker retires under the same rules everybody keeps what they have."""
         for access in (None, self.FORMER):

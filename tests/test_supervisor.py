@@ -923,13 +923,23 @@ class ReloadTests(SupervisorTestCase):
         renewed = Credentials(tokens=(("web", "digest"),), client_ca="AUTHORITY")
         self.patch(self.supervisor, "credentials", lambda: renewed)
         new = self.reload()
+        new.say(loaded=True)
+        self.assertEqual((first.orders, second.orders), ([], []))
+        for number in (3, 4):
+            new.fork(number).become_ready()
+        self.assertEqual((first.orders, second.orders), ([retire(renewed)], [retire(renewed)]))
+
+    def test_new_credentials_again(self) -> None:
+        """Who retires already is told the new tokens as well, when the next code is loaded."""
+        _, (first, second) = self.start_whole()
         first.say(b"replace MAX_TASKS")
         self.machine.zygotes[0].fork(3).become_ready()
-        self.assertEqual(first.orders, [RETIRE])
+        renewed = Credentials(tokens=(("web", "digest"),))
+        self.patch(self.supervisor, "credentials", lambda: renewed)
+        new = self.reload()
+        self.assertEqual((first.orders, second.orders), ([RETIRE], []))
         new.say(loaded=True)
-        for number in (4, 5):
-            new.fork(number).become_ready()
-        self.assertEqual((first.orders, second.orders), ([RETIRE], [retire(renewed)]))
+        self.assertEqual((first.orders, second.orders), ([RETIRE, retire(renewed)], []))
 
     def test_the_old_zygote(self) -> None:
         """The old zygote is let go when its last worker has gone, and is not replaced."""

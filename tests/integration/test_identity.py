@@ -358,6 +358,21 @@ class RotationTests(IdentityTestCase):
         self.assertEqual(stays.ask("add", [1, 2]), 3)
         self.assertEqual((os.path.exists(path), os.path.exists(touched)), (False, True))
 
+    def test_revoked_by_the_second_reload(self) -> None:
+        """So it is where the call was in flight before the reload that brought the new token."""
+        daemon = self.start_asking()
+        owed = self.connect_as(daemon, WEB)
+        held, path = self.begin(daemon, owed, "hold", id="hold"), self.path(daemon)
+        self.rewrite(daemon, f"{TOKENS}web:{NEW_WEB}\n")
+        self.load_anew(daemon)
+        self.assertEqual(owed.ask("add", [1, 2], id=1), {"id": 1, "result": 3})
+        self.rewrite(daemon, f"web:{NEW_WEB}\nops:{OPS}\n")
+        self.load_anew(daemon)
+        self.assert_error(owed.ask("touch", [path], id=1), "unauthorized")
+        Path(held).touch()
+        self.assertEqual(owed.reply(), {"id": "hold", "result": "released"})
+        self.assertEqual((owed.rest(), os.path.exists(path)), (b"", False))
+
     def test_unusable_file(self) -> None:
         """A token file that cannot be used leaves the old tokens, and log and status say why."""
         daemon = self.start_asking()
