@@ -16,9 +16,12 @@ import subprocess
 import sys
 from typing import Any, Final, NoReturn
 
+from twisted.logger import Logger
+
 from taskd.children import NOT_FOR_CHILDREN
 from taskd.credentials import Credentials
 from taskd.errors import StartFailed
+from taskd.functions import RESERVED_PREFIX
 from taskd.ports import Ports
 from taskd.settings import Settings
 
@@ -27,6 +30,8 @@ __all__ = ["check", "main"]
 _LONGEST_ANSWER: Final = 1024 * 1024
 _MOST_SHOWN: Final = 20
 """So many tasks are named."""
+
+_log: Final = Logger(namespace="taskd.checking")
 
 
 def check(settings: Settings, ports: Ports) -> str:
@@ -45,6 +50,10 @@ def check(settings: Settings, ports: Ports) -> str:
     """
     ports.check()
     names = sorted(_import(settings))
+    for identity, functions in settings.allow:
+        for name in functions:
+            if not (name in names or name.startswith(RESERVED_PREFIX) or set("*?[") & set(name)):
+                _log.warn("--allow {who}={name}: there is no such task", who=identity, name=name)
     tasks = ", ".join(names[:_MOST_SHOWN])
     if len(names) > _MOST_SHOWN:
         tasks += f" and {len(names) - _MOST_SHOWN} more"

@@ -23,7 +23,9 @@ __all__ = ["Credentials", "KeyPair", "read_key_pair", "read_pem", "read_secret",
 
 _IDENTITY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}")
 _DIGEST_MARK: Final = "sha256"
+_ASSIGNMENT: Final = re.compile(r"[A-Za-z0-9_.@-]{1,64}=[^=]")
 _DIGEST: Final = re.compile(rf"{_DIGEST_MARK}:([0-9a-f]{{64}})")
+_CERTIFICATE: Final = "-----BEGIN CERTIFICATE-----"
 _SHORTEST_TOKEN: Final = 16
 _LONGEST_TOKEN: Final = 1024
 _ONLY_IDENTITY: Final = "token"
@@ -96,13 +98,19 @@ def read_tokens(path: str) -> tuple[tuple[str, str], ...]:
             none of these; the message names the line and never its text.
     """
     option = f"--token-file {path}"
-    found = tuple(_tokens_in(_read(path, option, is_secret=True), option))
+    found: dict[str, str] = {}
+    for number, identity, digest in _tokens_in(_read(path, option, is_secret=True), option):
+        if found.setdefault(digest, identity) != identity:
+            raise StartFailed(
+                f"{option}, line {number}: this token is {found[digest]}'s already; "
+                "each identity needs its own"
+            )
     if not found:
         raise StartFailed(f"{option}: there is no token in it, so nobody could call anything")
-    return found
+    return tuple((identity, digest) for digest, identity in found.items())
 
 
-def _tokens_in(text: str, option: str) -> Iterator[tuple[str, str]]:
+def _tokens_in(text: str, option: str) -> Iterator[tuple[int, str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         words = line.strip()
         if not words or words.startswith("#"):
@@ -110,6 +118,8 @@ def _tokens_in(text: str, option: str) -> Iterator[tuple[str, str]]:
         identity, colon, token = words.partition(":")
         if not colon or identity == _DIGEST_MARK:  # a digest has a colon of its own
             identity, token = _ONLY_IDENTITY, words
+            if _ASSIGNMENT.match(words):
+                raise StartFailed(f"{option}, line {number}: give IDENTITY:TOKEN, with a colon")
         identity, token = identity.strip(), token.strip()
         if not _IDENTITY.fullmatch(identity):
             raise StartFailed(
@@ -117,7 +127,7 @@ def _tokens_in(text: str, option: str) -> Iterator[tuple[str, str]]:
                 "'_', '.', '@' and '-', 64 at most"
             )
         if hashed := _DIGEST.fullmatch(token):
-            yield identity, hashed[1]
+            yield number, identity, hashed[1]
             continue
         if token.startswith(f"{_DIGEST_MARK}:"):
             raise StartFailed(
@@ -125,10 +135,10 @@ def _tokens_in(text: str, option: str) -> Iterator[tuple[str, str]]:
             )
         if not (_SHORTEST_TOKEN <= len(token) <= _LONGEST_TOKEN and token.isascii()):
             raise StartFailed(
-                f"{option}, line {number}: a token has {_SHORTEST_TOKEN} to {_LONGEST_TOKEN} "
-                "characters of ASCII; `openssl rand -hex 32` makes a good one"
+                f"{option}, line {number}: give IDENTITY:TOKEN; a token has {_SHORTEST_TOKEN} to "
+                f"{_LONGEST_TOKEN} characters of ASCII, `openssl rand -hex 32` makes a good one"
             )
-        yield identity, digest_of(token)
+        yield number, identity, digest_of(token)
 
 
 def read_key_pair(certificate: str, key: str) -> KeyPair:
@@ -143,7 +153,7 @@ def read_key_pair(certificate: str, key: str) -> KeyPair:
         StartFailed: One of them cannot be read, or others may read the key.
     """
     return KeyPair(
-        _read(certificate, f"--tls {certificate}"),
+        read_pem(certificate, "--tls"),
         _read(key, f"--key {key}", is_secret=True),
         f"--tls {certificate}",
     )
@@ -151,12 +161,15 @@ def read_key_pair(certificate: str, key: str) -> KeyPair:
 
 def read_pem(path: str, option: str) -> str:
     """
-    Read a PEM file that is no secret.
+    Read a PEM file of certificates, which is no secret.
 
     Raises:
-        StartFailed: It cannot be read.
+        StartFailed: It cannot be read, or no certificate is in it.
     """
-    return _read(path, f"{option} {path}")
+    text = _read(path, f"{option} {path}")
+    if _CERTIFICATE not in text:
+        raise StartFailed(f"{option} {path}: there is no certificate in PEM in it")
+    return text
 
 
 def read_secret(path: str, option: str) -> str:
@@ -183,7 +196,9 @@ def _read(path: str, option: str, *, is_secret: bool = False) -> str:
     except OSError as error:
         raise StartFailed(f"{option}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise StartFailed(f"{option}: it is no text") from None
+        raise StartFailed(
+            f"{option}: it is no text; `openssl x509 -inform der` makes PEM of DER"
+        ) from None
 
 
 def _open_at_once(path: str, flags: int) -> int:

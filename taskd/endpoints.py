@@ -134,6 +134,12 @@ def listeners_from(settings: Settings) -> list[Listener]:
     ]
     if not listeners:
         raise SettingsError("there is nowhere to listen: give --port or --listen")
+    first: dict[tuple[str, int], Listener] = {}
+    for listener in listeners:
+        if listener.address is not None and listener.address[1]:
+            other = first.setdefault(listener.address, listener)
+            if other is not listener:
+                raise SettingsError(f"{listener.text}: {other.text} listens there already")
     return listeners
 
 

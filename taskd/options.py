@@ -254,6 +254,8 @@ def _value_of(option: Option, value: Any, path: str, directory: str) -> Any:
     if option.kind is dict:
         if not isinstance(value, dict):
             raise refuse()
+        if not value:
+            raise SettingsError(f"{path}: [allow] is empty: leave it out, or say who may call what")
         return [rule_of(who, names, f"{path}: allow") for who, names in value.items()]
     if option.kind is list:
         if not _is_strings(value):
@@ -263,6 +265,8 @@ def _value_of(option: Option, value: Any, path: str, directory: str) -> Any:
         return float(value) if abs(value) < 2**53 else value
     if type(value) is not option.kind:
         raise refuse()
+    if value == "":
+        raise SettingsError(f"{path}: {option.name}: a value is needed; leave it out for none")
     return _resolve(option, str(value), directory) if option.kind is str else value
 
 

@@ -143,6 +143,8 @@ class Ports:
         pairs = [pair for pair in credentials.key_pairs if pair is not None]
         if settings.client_ca and not pairs:
             raise StartFailed("--client-ca is of no use without TLS: give --tls, or --listen ssl:")
+        for listener, sock in zip(self._listeners, self.sockets, strict=False):
+            self._check(listener, sock, credentials)  # what was safe at the start has to stay so
         for pair in pairs:
             if Secure(pair, credentials.client_ca).is_expired(self._wall_clock()):
                 self._log.warn("{origin}: the certificate has expired", origin=pair.origin)

@@ -130,6 +130,8 @@ class Session:
         self._write = peer.write
         self._max_in_flight = max_in_flight
         self._origin = origin
+        self.grant: Grant | None = None
+        self._who_first = "say first who you are"
         self.admit(grant)
         self._is_held = False
         self._in_flight: set[Call] = set()
@@ -145,6 +147,8 @@ class Session:
 
     def admit(self, grant: Grant | None) -> None:
         """Have what a grant allows be called from now on; None: nothing but ``taskd.auth``."""
+        if grant is None and self.grant is not None and self.grant.identity:
+            self._who_first = "what was shown here counts no more; say anew who you are"
         self.grant = grant
         self._may_call = _only_auth if grant is None else grant.may_call
 
@@ -222,7 +226,7 @@ class Session:
         grant = self.grant
         self._peer.turned_down(name, grant)
         if grant is None:
-            why = f"say first who you are: call {AUTH} with a token"
+            why = f"{self._who_first}: call {AUTH} with a token"
         else:
             who = grant.identity or "whoever has not said who it is"
             why = f"{who} may not call {name!a:.140}; the daemon's --allow says so"

@@ -186,6 +186,7 @@ class Supervisor(Service):
         drain, grace = self._settings.drain_seconds, self._settings.grace_seconds
         self._notifier.stopping(drain + grace + 2 * _KILL_AFTER_GRACE_SECONDS)
         if drain:
+            self._log.info("all goes on for {seconds:g} s more, then it stops", seconds=drain)
             self._reactor.callLater(drain, self._stop)
         else:
             self._stop()

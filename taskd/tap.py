@@ -48,6 +48,8 @@ _SMTP_LOGIN_VARIABLE: Final = "TASKD_SMTP_LOGIN"
 
 def _reader(option: Option) -> Callable[[str], Any]:
     def read(text: str) -> Any:
+        if not text:
+            raise ValueError(f"--{option.name}: a value is needed; leave it out for none")
         try:
             return option.kind(text)
         except ValueError:
@@ -222,7 +224,7 @@ def settings_from(options: Mapping[str, Any], environ: Mapping[str, str]) -> Set
         procs=(os.cpu_count() or 1) * _PROCS_PER_CORE
         if options["procs"] is None
         else options["procs"],
-        task_modules=tuple(modules),
+        task_modules=tuple(dict.fromkeys(modules)),
         preload=not options["no-preload"],
         threads=options["threads"],
         max_line_bytes=options["max-line"],

@@ -132,7 +132,7 @@ class Secure:
             context.check_privatekey()
         except (SSL.Error, TypeError, ValueError) as error:
             raise StartFailed(
-                f"{pair.origin}: the certificate and its key do not go together: {reason_of(error)}"
+                f"{pair.origin}: the certificate cannot be used with this key: {reason_of(error)}"
             ) from None
         self.expires = own.not_valid_after_utc
         self._factory = TLSMemoryBIOFactory(options, False, Factory())
@@ -156,7 +156,8 @@ def _authorities(pem: str) -> Any:
     try:
         found = x509.load_pem_x509_certificates(pem.encode())
     except ValueError as error:
-        raise StartFailed(f"--client-ca: {error}") from None
+        why = str(error).partition(" See ")[0]
+        raise StartFailed(f"--client-ca: a certificate in it cannot be read: {why}") from None
     return trustRootFromCertificates(
         [Certificate(crypto.X509.from_cryptography(one)) for one in found]
     )

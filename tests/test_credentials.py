@@ -27,6 +27,9 @@ OTHER = "another token, with spaces: and #"
 DIGEST = digest_of(OTHER)
 
 
+CERTIFICATE = "-----BEGIN CERTIFICATE-----"
+
+
 class FileTestCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.path = temporary_directory(self) / "secrets"
@@ -101,8 +104,10 @@ class TokenTests(FileTestCase):
         for token in ("x" * 16, "x" * 1024):
             self.assertEqual(self.tokens(token), [("token", digest_of(token))])
         for token in ("x" * 15, "x" * 1025, "é" * 16, ""):
-            self.assertIn("line 1: a token has 16 to 1024", self.refused(f"web:{token}"))
-        self.assertIn("line 1: a token has", self.refused("x" * 15))
+            self.assertIn(
+                "line 1: give IDENTITY:TOKEN; a token has 16 to 1024", self.refused(f"web:{token}")
+            )
+        self.assertIn("line 1: give IDENTITY:TOKEN; a token has", self.refused("x" * 15))
 
     def test_what_is_no_identity(self) -> None:
         """An identity has letters, digits and little else, 64 at most, and is not empty."""
@@ -154,7 +159,13 @@ class PermissionTests(FileTestCase):
 
     def test_what_is_no_secret(self) -> None:
         """Everybody may read a certificate."""
-        self.assertEqual(read_pem(self.write("PEM", 0o644), "--client-ca"), "PEM")
+        self.assertEqual(read_pem(self.write(CERTIFICATE, 0o644), "--client-ca"), CERTIFICATE)
+
+    def test_what_has_no_certificate(self) -> None:
+        """A file without a certificate is refused: an empty authority would ask nobody."""
+        for text in ("", "\n", "# none", "-----BEGIN PRIVATE KEY-----\n"):
+            error = self.assertRaises(StartFailed, read_pem, self.write(text), "--client-ca")
+            self.assertIn("there is no certificate in PEM in it", str(error))
 
     def test_a_pipe(self) -> None:
         """What is no regular file is refused at once: at a reload nobody may be there to write."""
@@ -183,22 +194,39 @@ class PermissionTests(FileTestCase):
         )
 
 
+class MistakeTests(FileTestCase):
+    def refused_file(self, text: str) -> str:
+        return str(self.assertRaises(StartFailed, read_tokens, self.write(text)))
+
+    def test_an_equals_sign(self) -> None:
+        """A line of IDENTITY=TOKEN is no token alone, but that of an encoding's end is."""
+        self.assertIn(
+            "line 1: give IDENTITY:TOKEN, with a colon", self.refused_file(f"web={TOKEN}")
+        )
+        self.assertEqual(len(read_tokens(self.write(f"{TOKEN}=="))), 1)
+
+    def test_one_token_of_two(self) -> None:
+        """A token that two identities have is refused; one that an identity has twice is one."""
+        self.assertIn("line 2: this token is bob's", self.refused_file(f"bob:{TOKEN}\neve:{TOKEN}"))
+        self.assertEqual(len(read_tokens(self.write(f"bob:{TOKEN}\nbob:{TOKEN}"))), 1)
+
+
 class KeyPairTests(FileTestCase):
     def test_both(self) -> None:
         """The certificate and its key are read, and what they were read from is kept."""
         key = self.path.with_name("key")
-        pair = read_key_pair(self.write("CERTIFICATE", 0o644), self.write("KEY", path=key))
-        self.assertEqual(pair, KeyPair("CERTIFICATE", "KEY", f"--tls {self.path}"))
+        pair = read_key_pair(self.write(CERTIFICATE, 0o644), self.write("KEY", path=key))
+        self.assertEqual(pair, KeyPair(CERTIFICATE, "KEY", f"--tls {self.path}"))
 
     def test_a_key_that_is_no_secret(self) -> None:
         """A key that others may read is refused, by its own option."""
         key = self.write("KEY", 0o644, self.path.with_name("key"))
-        error = self.assertRaises(StartFailed, read_key_pair, self.write("CERTIFICATE"), key)
+        error = self.assertRaises(StartFailed, read_key_pair, self.write(CERTIFICATE), key)
         self.assertTrue(str(error).startswith(f"--key {key}: others may read"), str(error))
 
     def test_one_is_missing(self) -> None:
         """Where one cannot be read its option is named."""
-        there, missing = self.write("PEM"), str(self.path) + "2"
+        there, missing = self.write(CERTIFICATE), str(self.path) + "2"
         for paths, option in (((missing, there), "--tls"), ((there, missing), "--key")):
             error = self.assertRaises(StartFailed, read_key_pair, *paths)
             self.assertIn(f"{option} {missing}: No such file", str(error))

@@ -236,6 +236,11 @@ class PortTests(EndpointCase):
         """A daemon that would listen nowhere is refused."""
         self.assertEqual(self.refused(), "there is nowhere to listen: give --port or --listen")
 
+    def test_one_address_twice(self) -> None:
+        """An address that is asked for twice is refused; free ports may be as many as one likes."""
+        twice = "tcp:12499:interface=127.0.0.1"
+        self.assertIn("listens there already", self.refused(twice, twice))
+
 
 class TcpTests(EndpointCase):
     """tcp: and tcp6:."""
@@ -506,7 +511,7 @@ class SslTests(EndpointCase):
         """No key, no certificate, no file, or those of two pairs: each is refused."""
         self.write("empty.pem", "")
         self.assert_refused(self.describe("empty.pem"), "there is no private key in")
-        self.assert_refused(self.describe(certificate="empty.pem"), "no start line")
+        self.assert_refused(self.describe(certificate="empty.pem"), "there is no certificate")
         self.assert_refused(self.describe("none.pem"), "none.pem: No such file")
         self.assert_refused(self.describe(more=":extraCertChain=/nosuch"), "No such file")
         old = self.write("old.pem", self.key)

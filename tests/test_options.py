@@ -130,6 +130,8 @@ class ReadTests(FileTestCase):
             ("tasks = 'a'", 'tasks: an array of strings is needed, not "a"'),
             ("tasks = [1]", "tasks: an array of strings is needed, not [1]"),
             ("allow = ['a']", "allow: a table of arrays, such as"),
+            ("[allow]", "[allow] is empty"),
+            ('token-file = ""', "token-file: a value is needed"),
             ("allow.web = 'echo'", "allow: 'web' needs the names of functions"),
             ("allow.web = []", "allow: 'web' needs"),
             ("allow.web = [' ']", "allow: 'web' needs"),

@@ -212,6 +212,17 @@ class CredentialsTests(PortsTestCase):
         self.assertEqual(secure.certificate, Path(self.tls["certificate"]).read_text())
         self.assertEqual(credentials.client_ca, Path(self.authority).read_text())
 
+    def test_authorities_that_are_gone(self) -> None:
+        """An empty file of authorities is refused, at the start and later: it would ask nobody."""
+        for more in ({}, {"token_file": self.tokens}):
+            ports = self.opened(client_ca=self.authority, **self.tls, **more)
+            whole = Path(self.authority).read_text()
+            self.write("ca.pem", b"")
+            for read in (ports.credentials, self.ports(client_ca=self.authority, **self.tls).open):
+                error = self.assertRaises(StartFailed, read)
+                self.assertIn("there is no certificate", str(error))
+            self.write("ca.pem", whole.encode())
+
     def test_they_are_read_again(self) -> None:
         """What is in the files is read anew each time."""
         ports = self.opened(token_file=self.tokens, **self.tls)
@@ -231,7 +242,7 @@ class CredentialsTests(PortsTestCase):
         for name, content, words in (
             ("tokens", b"web:short\n", "line 1"),
             ("tokens", b"", "no token in it"),
-            ("key.pem", other, "do not go together"),
+            ("key.pem", other, "cannot be used with this key"),
             ("key.pem", b"garbage", "the certificate or its key"),
         ):
             before = (self.directory / name).read_bytes()

@@ -161,6 +161,11 @@ class RangeTests(TapTestCase):
             for value in (least - step, most + step):
                 self.assertIn(f"{option}: a number from", self.refused(option, str(value)))
 
+    def test_an_empty_value(self) -> None:
+        """An option with nothing for its value, as an unset variable leaves it, is refused."""
+        for name in ("token-file", "client-ca", "tls", "interface", "smtp", "socket-owner"):
+            self.assertIn(f"--{name}: a value is needed", self.refused(f"--{name}", ""))
+
     def test_what_is_no_number(self) -> None:
         """What is no number, or not a whole one where one is needed, is refused."""
         for args in (("--port", "http"), ("--procs", "1.5"), ("--grace", "soon")):

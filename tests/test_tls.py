@@ -475,7 +475,7 @@ class KeyTests(SynchronousTestCase):
         for key in (generate_private_key(SECP256R1()), Ed25519PrivateKey.generate()):
             message = self.refused(self.pair(key=pem_of(key)))
             self.assertTrue(
-                message.startswith("--tls cert.pem: the certificate and its key do not")
+                message.startswith("--tls cert.pem: the certificate cannot be used with this key")
             )
 
     def test_an_encrypted_key(self) -> None:

@@ -112,7 +112,7 @@ class CheckTests(RefusedTestCase):
         for options, more, words in (
             ((), {"tasks": "t.py", "files": {"t.py": "1 / 0\n"}}, ("t.py", "ZeroDivisionError")),
             (("--token-file", "tokens"), {"files": {"tokens": "web:x\n"}}, ("tokens",)),
-            (("--tls", "a.pem", "--key", "a.key"), {}, ("--tls a.pem",)),
+            (("--tls", "a.pem", "--key", "a.key"), {}, ("/a.pem: No such file",)),
             (("--interface", "0.0.0.0"), {}, ("could run tasks", "--token-file")),
             (("--listen", "nowhere:1"), {}, ("--listen nowhere:1",)),
         ):

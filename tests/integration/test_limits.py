@@ -8,11 +8,12 @@ from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError
+from twisted.internet.endpoints import clientFromString
 from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
-from taskd.client import TaskClient
-from taskd.errors import TimeLimitExceeded
+from taskd.client import TaskClient, TaskClientFactory
+from taskd.errors import ConnectionLost, TimeLimitExceeded
 from tests.integration.case import DaemonTestCase, lines_of
 from tests.integration.daemon import Connection, Daemon, shared_daemon, wait_until
 from tests.integration.load import Load
@@ -430,11 +431,11 @@ class ClientTests(TestCase):
     async def test_cancel_on_disconnect(self) -> None:
         """A call with ``cancel_on_disconnect`` ends with the client's connection."""
         path = self.room / "x"
-        other = TaskClient(reactor, f"tcp:127.0.0.1:{self.daemon.port}", pool=1)
-        called = other.call_with("tell_of_cancel", [str(path)], cancel_on_disconnect=True)
+        factory = TaskClientFactory(reactor)
+        endpoint = clientFromString(reactor, f"tcp:127.0.0.1:{self.daemon.port}")
+        connection = await endpoint.connect(factory)
+        called = factory.call_with("tell_of_cancel", [str(path)], cancel_on_disconnect=True)
         await self.until(Path(f"{path}.begun").exists, "the task's begin")
-        for connection in list(other._connections):
-            connection.transport.abortConnection()
-        await self.assertFailure(called, Exception)
+        connection.transport.abortConnection()
+        await self.assertFailure(called, ConnectionLost)
         await self.until(path.exists, "the task's note")
-        await other.close()

@@ -412,7 +412,7 @@ class ReloadTests(TlsServerTestCase):
         certificate, key = daemon.directory / CERTIFICATE, daemon.directory / KEY
         other = self.authority.issue_cert(HOST)
         for make, words in (
-            (lambda: write_secret(key, key_pem(other)), "do not go together"),
+            (lambda: write_secret(key, key_pem(other)), "cannot be used with this key"),
             (lambda: write_secret(key, key_pem(self.issued), 0o644), "chmod 600"),
             (lambda: write_secret(key, "nothing"), "the certificate or its key"),
             (certificate.unlink, "No such file"),
@@ -463,7 +463,12 @@ class RefusedStartTests(RefusedTestCase):
         for key, mode, words, others in (
             (self.key, 0o644, "chmod 600", "chmod 600"),
             (encrypted, 0o600, "encrypted", "encrypted"),
-            (key_pem(trustme.CA().issue_cert(HOST)), 0o600, "do not go together", "do not match"),
+            (
+                key_pem(trustme.CA().issue_cert(HOST)),
+                0o600,
+                "cannot be used with this key",
+                "do not match",
+            ),
             ("", 0o600, "the certificate or its key", "no private key"),
         ):
             write_secret(directory / KEY, key, mode)
