@@ -4,8 +4,8 @@ Send 1000 mails through taskd, while this program goes on with its own work.
 Its own work is a tick every 10 ms, as a game or a chat server has. What a slow
 mail server does to it is the longest gap between two ticks::
 
-    twistd -n taskd --port 12345 --procs 16 --smtp localhost:25
-    python examples/mail_1000.py tcp:127.0.0.1:12345 --domain example.org
+    .venv/bin/twistd -n taskd --port 12345 --procs 16 --smtp 127.0.0.1:8025
+    .venv/bin/python examples/mail_1000.py tcp:127.0.0.1:12345 --domain example.org
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ One short connection for one task, and then the program goes on.
 The way of a server that seldom has heavy work, or that has a balancer in front
 of several daemons choose anew each time::
 
-    python examples/once.py tcp:127.0.0.1:12345
+    .venv/bin/python examples/once.py tcp:127.0.0.1:12345
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ Tasks to begin with.
 
 Start a pool that runs them with::
 
-    twistd -n taskd --port 12345 --procs 8 --tasks examples/tasks.py
+    .venv/bin/twistd -n taskd --port 12345 --procs 8 --tasks examples/tasks.py
 
 and ask it from another terminal::
 
