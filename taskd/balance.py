@@ -159,6 +159,7 @@ class Tries:
     Args:
         daemons: How many there are, from 1.
         is_idempotent: True: it does no harm if the call is run twice.
+        connections: How many there may be to each daemon, from 1.
 
     Attributes:
         sends: How often it was sent.
@@ -166,10 +167,12 @@ class Tries:
             or None.
     """
 
-    def __init__(self, daemons: int, is_idempotent: bool) -> None:
+    def __init__(self, daemons: int, is_idempotent: bool, connections: int = 1) -> None:
         self._daemons = daemons
         self._is_idempotent = is_idempotent
+        self._connections = connections
         self._risks = 0
+        self._stops = 0
         self.sends = 0
         self.lost: WorkerLost | None = None
 
@@ -178,16 +181,22 @@ class Tries:
         Decide after the latest send has failed.
 
         What certainly was not run is sent again: one daemon's connection has ended,
-        it stops, or does not take us, and there are others; or it is overloaded, and
-        another one serves. What may have been run is sent again only if that does no
-        harm, once for each daemon at most.
+        or it stops; or it does not take us, and there are others; or it is overloaded,
+        and another one serves. What may have been run is sent again only if that does
+        no harm, once for each daemon at most.
+
+        A lone daemon that stops may be one of several behind a balancer, and any of
+        our connections may lead to it: so many refusals do not count as sends.
 
         Args:
             error: What it failed with.
             is_refusal: True if a daemon has refused not the call, but its connection.
             another_serves: True if there is a daemon that does not rest and is not out.
         """
-        if self.sends >= MOST_SENDS:
+        stops = isinstance(error, ShuttingDown)
+        if stops and self._daemons == 1 and self._stops < self._connections:
+            self._stops += 1
+        if self.sends >= MOST_SENDS + self._stops:
             return False
         if isinstance(error, WorkerLost):
             if not error.may_have_started:
@@ -197,11 +206,13 @@ class Tries:
                 self.lost = error
                 return True
             return False
+        if stops:
+            return True
         if self._daemons == 1:
             return False
         if isinstance(error, Overloaded):
             return another_serves
-        return is_refusal or isinstance(error, ShuttingDown | ConnectFailed)
+        return is_refusal or isinstance(error, ConnectFailed)
 
     def verdict(self, error: BaseException) -> BaseException:
         """

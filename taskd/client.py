@@ -121,6 +121,7 @@ class TaskClient(Caller):
             )
             for number, one in enumerate(endpoints)
         ]
+        self._pool = pool
         self._connect_timeout = connect_timeout
         self._turn = int(jitter() * len(endpoints))  # many clients do not all begin with the first
         self._gates: deque[Gate] = deque()
@@ -146,7 +147,8 @@ class TaskClient(Caller):
         can be done; whatever it still answers is dropped.
 
         What certainly was not run is sent again by itself, within the time of the
-        call, and four times at most in all.
+        call, and four times at most in all; of a single daemon, which may be several
+        behind a balancer, refusals as it stops count only beyond *pool*.
 
         Args:
             function: The task's name.
@@ -178,8 +180,8 @@ class TaskClient(Caller):
                 answered all that it began.
             Overloaded: Too many tasks wait, at every daemon that serves;
                 ``retry_after`` tells for how long.
-            ShuttingDown: The daemon is stopping, and there is no other; the task was
-                not started.
+            ShuttingDown: The daemon is stopping, and so was every other that was
+                asked; the task was not started.
             Malformed: The daemon does not read such a request.
             LineTooLong: The request is longer than the daemon reads.
             Unauthorized: The caller may not do this, or the daemon does not know
@@ -206,7 +208,7 @@ class TaskClient(Caller):
             return fail(ValueError("idempotent must be True or False"))
         if self._is_closed:
             return fail(ClientClosed("the client is closed"))
-        tries = Tries(len(self._nodes), idempotent)
+        tries = Tries(len(self._nodes), idempotent, self._pool)
         return self._outstanding.add(self._dispatch(request, tries).addBoth(self._answered))
 
     def _dispatch(self, request: Asked, tries: Tries) -> Deferred[Any]:

@@ -248,7 +248,8 @@ class TaskClientProtocol(LongLineReceiver):
         try:
             reply = decode_reply(line)
         except Malformed as error:
-            self._last_words = error
+            is_known = self.has_answered or self._unauthorized
+            self._last_words = error if is_known else Malformed(f"{error}. Is it no taskd?")
             self.transport.abortConnection()
             return
         told = error_from_wire(reply["error"]) if "error" in reply else None
@@ -329,7 +330,7 @@ class TaskClientProtocol(LongLineReceiver):
             self._says_goodbye and self._closed is None and reason.check(ConnectionDone)
         )
         error: CallError = ConnectionLost(
-            f"the connection ended before the reply: {reason.getErrorMessage()}",
+            f"the connection ended before the reply: {reason.getErrorMessage()}{self._hint()}",
             may_have_started=not was_closed,
         )
         # What was sent since the daemon said "unauthorized" is another matter: if
@@ -353,6 +354,15 @@ class TaskClientProtocol(LongLineReceiver):
                 )
             else:
                 pending.deferred.errback(error)
+
+    def _hint(self) -> str:
+        """Tell what may be there, if nothing that a daemon says was ever heard."""
+        is_known = self.has_answered or self._unauthorized or self._last_words or self._says_goodbye
+        if is_known or self._closed is not None:
+            return ""
+        if ISSLTransport.providedBy(self.transport):
+            return " Is it no taskd?"
+        return " Does it speak TLS there (tls:), or is it no taskd?"
 
 
 class _Pending:

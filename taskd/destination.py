@@ -52,6 +52,9 @@ _TLS_PARAMETERS: Final = (
 
 _DEFAULT_CONNECT_SECONDS: Final = "30"
 
+_UNKNOWN_KIND: Final = "Unknown endpoint type"
+"""How Twisted begins to say that nothing by the first word of a string is known."""
+
 
 def endpoint_of(
     reactor: Any,
@@ -92,11 +95,14 @@ def endpoint_of(
             return _tls_endpoint(reactor, _named(parts), ca, certificate)
         if has_ours:
             raise ValueError("ca and certificate are for TLS: let it begin with tls:")
+        if kind[1].upper() == "TCP":
+            _check_port(parts)
         if kind[1].upper() == "SSL":
             raise ValueError("ssl: hardly verifies the server's name: write tls:HOST:PORT")
         made: IStreamClientEndpoint = clientFromString(reactor, endpoint)
     except (TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{endpoint!r} cannot be connected to: {error}") from None
+        hint = ": put tcp: or tls: before it" if str(error).startswith(_UNKNOWN_KIND) else ""
+        raise ValueError(f"{endpoint!r} cannot be connected to: {error}{hint}") from None
     return made
 
 
@@ -131,6 +137,23 @@ def _named(parts: Iterable[tuple[str, str]]) -> dict[str, str]:
     return parameters
 
 
+def _number(name: str, text: str) -> int:
+    """Read a number, and tell which one it is if it is none: Twisted would not."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"a {name} is a number, not {text!r}")
+    return int(text)
+
+
+def _check_port(parts: Iterable[tuple[str, str]]) -> None:
+    """Refuse a port of a ``tcp:`` string that is none; if there is none at all, Twisted does."""
+    parts = list(parts)
+    nameless = [value for name, value in parts if not name]
+    named = dict(parts)
+    for port in [*nameless[1:2], *([named["port"]] if "port" in named else [])]:
+        if not 0 < _number("port", port) < 65536:
+            raise ValueError(f"a port is a number from 1 to 65535, not {port}")
+
+
 def _tls_endpoint(
     reactor: Any,
     parameters: dict[str, str],
@@ -138,7 +161,7 @@ def _tls_endpoint(
     certificate: Certificate | None,
 ) -> IStreamClientEndpoint:
     host, port = parameters.get("host", ""), parameters.get("port", "")
-    if not host or not 0 < int(port or 0) < 65536:
+    if not host or not 0 < _number("port", port or "0") < 65536:
         raise ValueError("it needs a host and a port, as in tls:tasks.example.org:12345")
     creator = _creator(
         host,
@@ -154,7 +177,7 @@ def _tls_endpoint(
             reactor,
             host,
             int(port),
-            int(parameters.get("timeout", _DEFAULT_CONNECT_SECONDS)),
+            _number("timeout", parameters.get("timeout", _DEFAULT_CONNECT_SECONDS)),
             None if address is None else (address, 0),
         )
     wrapped: IStreamClientEndpoint = wrapClientTLS(creator, below, clock=reactor)

@@ -17,12 +17,20 @@ from twisted.python.failure import Failure
 from taskd.balance import Health, Load, Tier
 from taskd.connection import TaskClientFactory, TaskClientProtocol
 from taskd.errand import OnProgress, stop
-from taskd.errors import CallError, ConnectFailed, Overloaded, ShuttingDown, TlsFailed
+from taskd.errors import (
+    CallError,
+    ConnectFailed,
+    Overloaded,
+    ShuttingDown,
+    TaskFailed,
+    TlsFailed,
+)
 from taskd.wire import Args, Terms
 
 __all__ = ["Node", "Owner", "Way"]
 
 _NO_ANSWER: Final = ConnectFailed("it did not answer")
+_STOPS: Final = ConnectFailed("it is stopping")
 
 
 class Owner(Protocol):
@@ -56,13 +64,15 @@ class Way:
     Attributes:
         node: As it was given.
         connection: As it was given.
+        has_served: True once a task was run over it.
     """
 
-    __slots__ = ("connection", "node")
+    __slots__ = ("connection", "has_served", "node")
 
     def __init__(self, node: Node, connection: TaskClientProtocol) -> None:
         self.node = node
         self.connection = connection
+        self.has_served = False
 
     @property
     def in_flight(self) -> int:
@@ -74,7 +84,19 @@ class Way:
     ) -> Deferred[Any]:
         """Send one request; result and failures are those of ``TaskClient.call_with``."""
         called = self.connection.call(function, args, terms, on_progress)
-        return called.addErrback(self.node.note)
+        return called.addCallbacks(self._served, self._failed)
+
+    def _served(self, result: Any) -> Any:
+        self.has_served = True
+        self.node.settled(self)
+        return result
+
+    def _failed(self, failure: Failure) -> Failure:
+        if failure.check(TaskFailed):
+            self.has_served = True
+        self.node.note(failure, self)
+        self.node.settled(self)
+        return failure
 
 
 class Node:
@@ -189,21 +211,38 @@ class Node:
             attempt.cancel()
         return gatherResults([way.connection.close() for way in self._ways + self._leaving])
 
-    def note(self, failure: Failure) -> Failure:
-        """Take note of how a call has failed, if others could have done it."""
-        if self._has_others:
-            if failure.check(ShuttingDown):
-                self._leave()
-            elif isinstance(failure.value, Overloaded):
-                self._health.rest(self._reactor.seconds(), failure.value.retry_after)
-        return failure
+    def note(self, failure: Failure, way: Way) -> None:
+        """Take note of how a call has failed, if another daemon, or connection, could have it."""
+        if failure.check(ShuttingDown):
+            self._leave(way)
+        elif isinstance(failure.value, Overloaded) and self._has_others:
+            self._health.rest(self._reactor.seconds(), failure.value.retry_after)
 
-    def _leave(self) -> None:
-        """Ask no more of a daemon that stops; what it has begun, it will answer."""
-        if self._ways:
-            self._leaving += self._ways
-            self._ways = []
-            self._stay_away(ConnectFailed("it is stopping"))
+    def settled(self, way: Way) -> None:
+        """Close a connection to a daemon that stops, when it has answered what it has begun."""
+        if way in self._leaving and not way.in_flight:
+            way.connection.close()
+
+    def _leave(self, way: Way) -> None:
+        """
+        Ask no more of a daemon that stops; what it has begun, it will answer.
+
+        A daemon without others may be several, behind a balancer. Then only this
+        connection is known to lead to the one that stops, and a new one may be made
+        at once, unless this was a new one itself.
+        """
+        if way not in self._ways:
+            return
+        leaving = self._ways if self._has_others else [way]
+        self._ways = [way for way in self._ways if way not in leaving]
+        self._leaving += leaving
+        for one in leaving:
+            self.settled(one)
+        if way.has_served and not self._has_others:
+            self._health.answered()
+            self.last_failure = _STOPS
+        else:
+            self._stay_away(_STOPS)
 
     def _attempted(self, result: Any, attempt: Deferred[Any]) -> Any:
         self.attempts.discard(attempt)
@@ -211,22 +250,15 @@ class Node:
 
     def _connected(self, connection: TaskClientProtocol) -> None:
         if connection.connected:  # or it is lost again within the same breath
-            self._ways.append(Way(self, connection))
-            connection.on_goodbye = self._said_goodbye
+            way = Way(self, connection)
+            self._ways.append(way)
+            connection.on_goodbye = lambda _: self._leave(way)
         self._owner.opened()
 
     def _not_connected(self, reason: Failure) -> None:
         assert reason.value is not None
         self._stay_away(reason.value)
         self._owner.not_opened()
-
-    def _said_goodbye(self, connection: TaskClientProtocol) -> None:
-        """Ask nothing more over a connection whose daemon stops, or nothing more of the daemon."""
-        if self._has_others:
-            self._leave()
-        else:
-            self._leaving += [way for way in self._ways if way.connection is connection]
-            self._ways = [way for way in self._ways if way.connection is not connection]
 
     def _lost(self, connection: TaskClientProtocol) -> None:
         if not connection.has_stood:
@@ -237,9 +269,11 @@ class Node:
         if connection.refusal is not None:
             self._stay_away(connection.refusal)
             self._owner.refused()
+        elif was_leaving:
+            pass  # of which note was taken then
         elif not connection.has_answered:
             self._stay_away(_NO_ANSWER)
-        elif not (was_leaving and self._has_others):
+        else:
             self._health.answered()
             self.last_failure = _NO_ANSWER
             if self._has_others:

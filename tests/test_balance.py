@@ -155,16 +155,18 @@ class TriesTests(SynchronousTestCase):
     @given(
         st.integers(1, 5),
         st.booleans(),
+        st.integers(1, 4),
         st.lists(st.tuples(ERRORS, st.booleans(), st.booleans()), min_size=8, max_size=20),
     )
     def test_promises(
         self,
         daemons: int,
         is_idempotent: bool,
+        connections: int,
         course: list[tuple[BaseException, bool, bool]],
     ) -> None:
         """However it goes, a call is sent a few times, and run twice only if that does no harm."""
-        tries, may_have_run = Tries(daemons, is_idempotent), 0
+        tries, may_have_run = Tries(daemons, is_idempotent, connections), 0
         for error, is_refusal, another_serves in course:
             tries.sends += 1
             if isinstance(error, WorkerLost) and error.may_have_started:
@@ -178,7 +180,7 @@ class TriesTests(SynchronousTestCase):
                 self.assertTrue(is_refusal and daemons > 1)
             if isinstance(error, Overloaded) and not is_refusal:
                 self.assertTrue(another_serves)
-        self.assertLessEqual(tries.sends, MOST_SENDS)
+        self.assertLessEqual(tries.sends, MOST_SENDS + (connections if daemons == 1 else 0))
         verdict = tries.verdict(error)
         if may_have_run:
             self.assertFalse(was_not_run(verdict))
@@ -199,11 +201,20 @@ class TriesTests(SynchronousTestCase):
 
     def test_what_another_can_do(self) -> None:
         """What one daemon will not do, another one is asked for, if there is one."""
-        for error in (Overloaded(""), ShuttingDown(""), CertificateExpired("")):
+        for error in (Overloaded(""), CertificateExpired("")):
             self.assertFalse(self.decide(1, error))
             self.assertTrue(self.decide(2, error))
         self.assertFalse(self.decide(2, Overloaded(""), another_serves=False))
         self.assertTrue(self.decide(2, ShuttingDown(""), another_serves=False))
+
+    def test_a_daemon_that_stops(self) -> None:
+        """Who stops may be one of several behind a balancer; any connection may lead there."""
+        for daemons, connections, expected in ((1, 1, 5), (1, 4, 8), (2, 4, 4)):
+            tries = Tries(daemons, False, connections)
+            tries.sends = 1
+            while tries.may_go_on(ShuttingDown(""), is_refusal=False, another_serves=False):
+                tries.sends += 1
+            self.assertEqual(tries.sends, expected)
 
     def test_refusals(self) -> None:
         """Who is not known to one daemon may be known to another; who may not do it may not."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from OpenSSL import SSL
 from service_identity import VerificationError
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.error import ConnectError, ConnectionAborted, ConnectionDone
 from twisted.internet.error import ConnectionLost as TwistedConnectionLost
@@ -30,6 +30,7 @@ from taskd.errors import (
     InternalError,
     Malformed,
     Overloaded,
+    ShuttingDown,
     TaskFailed,
     TimeLimitExceeded,
     TlsFailed,
@@ -211,9 +212,11 @@ class ReplyTests(ClientTestCase):
         kinds = [
             kind
             for kind in vars(errors).values()
-            if isinstance(kind, type) and hasattr(kind, "code") and kind is not ConnectionLost
+            if isinstance(kind, type) and hasattr(kind, "code")
         ]
-        self.assertEqual(len(kinds), 12)
+        for told_otherwise in (ConnectionLost, ShuttingDown):
+            kinds.remove(told_otherwise)
+        self.assertEqual(len(kinds), 11)
         for kind in kinds:
             called, number = self.call("f")
             error = {"code": kind.code, "message": "because", "retryable": kind.retryable}
@@ -360,6 +363,56 @@ class LossTests(ClientTestCase):
             daemon.send(id=request["id"], result=request["function"])
             self.assertEqual(self.successResultOf(called_), request["function"])
         self.assertNothingIsLeft()
+
+    def test_refused_as_it_stops(self) -> None:
+        """What a daemon that stops refuses waits for a new connection, as long as it may."""
+        for stays_away in (False, True):
+            called = self.client.call("f")
+            self.daemon.send(id=self.daemon.requests[-1]["id"], error=_GOODBYE)
+            self.assertTrue(self.daemon.transport.disconnecting)
+            self.daemon.hang_up()
+            if stays_away:
+                break
+            self.daemon = self.endpoint.accept()
+            self.daemon.send(id=self.daemon.requests[-1]["id"], result="done")
+            self.assertEqual(self.successResultOf(called), "done")
+        self.endpoint.refuse(_DEAD)
+        self.loop.advance(10)
+        self.failureResultOf(called, ConnectFailed)
+        self.successResultOf(self.client.close())
+        self.assertNothingIsLeft()
+
+    def test_refused_for_ever(self) -> None:
+        """A daemon that takes connections only to refuse calls is soon told of, without a storm."""
+        calls = [self.client.call("f") for _ in range(10)]
+        began = self.loop.seconds()
+        while not self.endpoint.attempts[-1].called or self.daemon.client.in_flight:
+            if not self.endpoint.attempts[-1].called:
+                self.daemon = self.endpoint.accept()
+            for request in self.daemon.requests[-10:]:
+                self.daemon.send(id=request["id"], error=_GOODBYE)
+            self.daemon.hang_up()
+            self.loop.advance(1)
+        for called in calls:
+            self.failureResultOf(called, ShuttingDown)
+        self.assertEqual(len(self.endpoint.attempts), 1 + MOST_SENDS)
+        self.assertGreaterEqual(self.loop.seconds() - began, MOST_SENDS - 1)
+
+    def test_nothing_was_ever_heard(self) -> None:
+        """Who has never had a reply is told what may be there instead of a daemon."""
+        called = self.client.call("f")
+        self.daemon.hang_up()
+        self.assertNotIn("tls:", self.failureResultOf(called).value.message)
+        called = self.client.call("f")
+        self.endpoint.accept().hang_up()
+        message = self.failureResultOf(called, ConnectionLost).value.message
+        self.assertTrue(message.endswith(" Does it speak TLS there (tls:), or is it no taskd?"))
+        called = self.client.call("f")
+        self.loop.advance(1)
+        other = self.endpoint.accept()
+        other.client.dataReceived(b"HTTP/1.1 400 Bad Request\r\n")
+        other.hang_up()
+        self.assertIn("no taskd?", self.failureResultOf(called, Malformed).value.message)
 
     def test_goodbye_and_no_return(self) -> None:
         """A call that a goodbye has kept from being run fails in time if the daemon stays away."""
@@ -719,6 +772,32 @@ class PoolTests(ClientTestCase):
         self.assertEqual([request["function"] for request in daemon.requests], ["f", "g"])
         daemon.send(id=daemon.requests[1]["id"], result="second")
         self.assertEqual(self.successResultOf(second), "second")
+
+    def test_a_daemon_that_stops_behind_a_balancer(self) -> None:
+        """The connection to it is asked no more, and another is made, though it has least to do."""
+        daemon = self.connected()
+        running = self.client.call("long")
+        calls = [self.client.call("f")]
+        other = self.endpoint.accept()
+        calls += [self.client.call("f") for _ in range(2)]
+        self.assertEqual((len(daemon.requests), len(other.requests)), (3, 2))
+        daemon.send(id=daemon.requests[-1]["id"], error=_GOODBYE)
+        calls += [self.client.call("f") for _ in range(3)]
+        self.assertEqual((len(daemon.requests), len(other.requests)), (3, 6))
+        fresh = self.endpoint.accept()
+        calls += [self.client.call("f") for _ in range(3)]
+        self.assertEqual((len(daemon.requests), len(fresh.requests)), (3, 3))
+        for each in (other, fresh):
+            for request in each.requests:
+                each.send(id=request["id"], result="done")
+        for called in calls:
+            self.assertEqual(self.successResultOf(called), "done")
+        self.assertFalse(daemon.transport.disconnecting)
+        daemon.send(id=daemon.requests[1]["id"], result="run")
+        self.assertEqual(self.successResultOf(running), "run")
+        self.assertTrue(daemon.transport.disconnecting)
+        daemon.hang_up()
+        self.assertEqual(self.loop.getDelayedCalls(), [])
 
     def test_a_lost_connection_makes_room(self) -> None:
         """A lost connection is no longer chosen, and another may take its place."""
@@ -1764,17 +1843,21 @@ class RealDaemonTests(SynchronousTestCase):
 
     def test_a_daemon_that_stops(self) -> None:
         """A daemon that drains answers what runs, refuses what comes, and ends the connection."""
-        self.client = TaskClient(self.daemon.loop, MemoryEndpoint(self.daemon), pool=1)
+        endpoint = MemoryEndpoint(self.daemon)
+        self.client = TaskClient(self.daemon.loop, endpoint, pool=1)
         running = self.client.call("later")
         self.daemon.flush()
+        endpoint.connect = lambda _: fail(_DEAD)
         left: list[bool] = []
         self.daemon.factory.on_empty = lambda: left.append(True)
         self.daemon.factory.drain()
-        self.failure_of(self.client.call("echo"), errors.ShuttingDown)
+        refused = self.client.call_with("echo", timeout=1)
         self.late[0].callback("finished")
         self.assertEqual(self.result_of(running), "finished")
         self.daemon.flush()
         self.assertEqual(left, [True])
+        self.daemon.loop.advance(1)
+        self.failure_of(refused, TimeLimitExceeded)
 
     def test_close(self) -> None:
         """A client that is closed leaves neither connections nor delayed calls behind."""

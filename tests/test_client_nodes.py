@@ -13,7 +13,6 @@ from taskd.errors import (
     ConnectFailed,
     ConnectionLost,
     Overloaded,
-    ShuttingDown,
     TaskFailed,
     TimeLimitExceeded,
     Unauthorized,
@@ -416,12 +415,11 @@ class OneStopsTests(NodesTestCase):
     nodes = 1
 
     def test_a_list_of_one(self) -> None:
-        """A list of one endpoint is as that one: what it refuses is told at once."""
+        """A list of one endpoint is as that one: what it has no room for is told at once."""
         (daemon,) = self.connect_all()
-        for error, kind in ((_STOPS, ShuttingDown), (_FULL, Overloaded)):
-            called = self.client.call("f")
-            self.answer(daemon, error=error)
-            self.failureResultOf(called, kind)
+        called = self.client.call("f")
+        self.answer(daemon, error=_FULL)
+        self.failureResultOf(called, Overloaded)
 
 
 class OnceTests(NodesTestCase):

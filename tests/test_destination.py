@@ -61,6 +61,17 @@ class DescriptionTests(DestinationTestCase):
         host, port, _, timeout, bind = self.connected("tcp:127.0.0.1:99:timeout=7")
         self.assertEqual((host, port, timeout, bind), ("127.0.0.1", 99, 7, None))
 
+    def test_no_kind(self) -> None:
+        """Who leaves out the kind is told what to put before it."""
+        self.assertIn("put tcp: or tls: before it", self.refused("127.0.0.1:12345"))
+
+    def test_no_number(self) -> None:
+        """Who writes a port that is none is told so, and not what Python thinks of it."""
+        for endpoint in ("tcp:localhost:abc", "tcp:port=abc:host=localhost", "tls:localhost:abc"):
+            self.assertIn("a port is a number, not 'abc'", self.refused(endpoint))
+        self.assertIn("a timeout is a number", self.refused("tls:localhost:1:timeout=soon"))
+        self.assertIn("from 1 to 65535", self.refused("tcp:localhost:65536"))
+
     def test_an_endpoint(self) -> None:
         """An endpoint is taken as it is, and has no use for a certificate."""
         given = TCP4ClientEndpoint(self.reactor, "127.0.0.1", 99)

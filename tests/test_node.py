@@ -56,7 +56,7 @@ class NodeTests(SynchronousTestCase):
     def call(self, place: int = 0) -> Any:
         return self.node.ways[place].call("f", [], NO_TERMS, None)
 
-    def fail(self, daemon: ScriptedDaemon, code: str, **more: Any) -> None:
+    def refuse(self, daemon: ScriptedDaemon, code: str, **more: Any) -> None:
         error = {"code": code, "message": "", **more}
         daemon.send(id=daemon.requests[-1]["id"], error=error)
 
@@ -111,10 +111,12 @@ class NodeTests(SynchronousTestCase):
         """One that stops is asked no more on any connection; what it has begun it may answer."""
         first, _ = self.connect(), self.connect()
         running, refused = self.call(), self.call()
-        self.fail(first, "shutting-down")
+        self.refuse(first, "shutting-down")
         self.failureResultOf(refused, ShuttingDown)
         self.assertEqual((self.node.ways, self.node.load.tier), ([], Tier.OUT))
+        self.assertFalse(first.transport.disconnecting)
         first.send(id=first.requests[0]["id"], result="done")
+        self.assertTrue(first.transport.disconnecting)
         self.assertEqual(self.successResultOf(running), "done")
         self.loop.advance(0.06)
         again = self.connect()
@@ -122,11 +124,72 @@ class NodeTests(SynchronousTestCase):
         self.assertEqual((self.node.load.tier, len(self.node.ways)), (Tier.SERVES, 1))
         again.hang_up()
 
+    def serve(self, daemon: ScriptedDaemon) -> None:
+        """Have a call over the first connection answered."""
+        called = self.call()
+        daemon.send(id=daemon.requests[-1]["id"], result="done")
+        self.successResultOf(called)
+
+    def test_a_late_refusal(self) -> None:
+        """What was sent before a daemon stopped tells nothing of the one that has come since."""
+        first = self.connect()
+        refused, late = self.call(), self.call()
+        self.refuse(first, "shutting-down")
+        self.failureResultOf(late, ShuttingDown)
+        self.loop.advance(0.06)
+        self.connect()
+        first.send(id=first.requests[0]["id"], error={"code": "shutting-down", "message": ""})
+        self.failureResultOf(refused, ShuttingDown)
+        self.assertEqual((len(self.node.ways), self.node.load.tier), (1, Tier.SERVES))
+
+    def test_one_of_several_that_stops(self) -> None:
+        """
+        Without others only the connection over which it was said is used no more.
+
+        It keeps what is in flight, and is closed then. A new one is made in its place.
+        """
+        self.node = self.made(has_others=False)
+        first, _ = self.connect(), self.connect()
+        self.serve(first)
+        running, refused, late = self.call(), self.call(), self.call()
+        self.node.open()
+        self.assertEqual(len(self.endpoint.attempts), 2)
+        self.refuse(first, "shutting-down")
+        self.failureResultOf(late, ShuttingDown)
+        self.assertEqual((len(self.node.ways), self.node.is_out), (1, False))
+        self.node.open()
+        self.assertEqual(len(self.endpoint.attempts), 3)
+        first.send(id=first.requests[2]["id"], error={"code": "shutting-down", "message": ""})
+        self.failureResultOf(refused, ShuttingDown)
+        self.assertFalse(first.transport.disconnecting)
+        first.send(id=first.requests[1]["id"], result="done")
+        self.assertEqual(self.successResultOf(running), "done")
+        self.assertTrue(first.transport.disconnecting)
+        first.hang_up()
+        self.assertEqual((len(self.node.ways), self.node.is_out), (1, False))
+
+    def test_a_new_connection_to_one_that_stops(self) -> None:
+        """Who takes new connections only to refuse every call is connected to ever less."""
+        self.node = self.made(has_others=False)
+        for delay in (0.05, 0.1, 0.2, 0.4):
+            daemon = self.connect()
+            called = self.call()
+            self.refuse(daemon, "shutting-down")
+            self.failureResultOf(called, ShuttingDown)
+            self.assertEqual((self.node.ways, self.node.is_out), ([], True))
+            self.assertTrue(daemon.transport.disconnecting)
+            daemon.hang_up()
+            self.loop.advance(delay - 0.01)
+            self.assertTrue(self.node.is_out)
+            self.loop.advance(0.02)
+            self.assertFalse(self.node.is_out)
+
     def test_goodbye(self) -> None:
         """A goodbye takes all its connections out of use, or that one if it has no others."""
         for has_others, left in ((True, 0), (False, 1)):
             self.node = self.made(has_others=has_others)
             first, _ = self.connect(), self.connect()
+            self.serve(first)
             first.send(error={"code": "shutting-down", "message": "goodbye"})
             self.assertEqual((len(self.node.ways), self.node.is_out), (left, has_others))
 
@@ -136,7 +199,7 @@ class NodeTests(SynchronousTestCase):
             self.node = self.made(has_others=has_others)
             daemon = self.connect()
             called = self.call()
-            self.fail(daemon, "overloaded", retry_after=2)
+            self.refuse(daemon, "overloaded", retry_after=2)
             self.failureResultOf(called, Overloaded)
             self.loop.advance(1.9)
             self.assertEqual(self.node.load.tier, tier)

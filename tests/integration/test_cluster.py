@@ -21,6 +21,7 @@ from unittest import SkipTest
 import trustme
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, ensureDeferred, gatherResults
+from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
@@ -287,6 +288,21 @@ class ClusterTestCase:
             daemon.start()
             self.nodes[name] = daemon
 
+    def start_haproxy(self) -> None:
+        haproxy = must_have("haproxy")
+        self.start_cluster()
+        process = subprocess.Popen(
+            [*self.lab.under(0), haproxy, "-db", "-f", str(HAPROXY_CFG)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.addCleanup(process.wait, 20)
+        self.addCleanup(process.kill)
+        wait_until(
+            lambda: Connection(BALANCER, PORT).close() is None, what="a balancer that listens"
+        )
+
     def end(self, daemon: Daemon) -> None:
         """End a daemon for which nobody has a call any more, without its time to drain."""
         with contextlib.suppress(ProcessLookupError):
@@ -342,21 +358,6 @@ class BalancerTests(ClusterTestCase, SynchronousTestCase):
 
     SHORT, KEPT = 5, 4
 
-    def start_haproxy(self) -> None:
-        haproxy = must_have("haproxy")
-        self.start_cluster()
-        process = subprocess.Popen(
-            [*self.lab.under(0), haproxy, "-db", "-f", str(HAPROXY_CFG)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self.addCleanup(process.wait, 20)
-        self.addCleanup(process.kill)
-        wait_until(
-            lambda: Connection(BALANCER, PORT).close() is None, what="a balancer that listens"
-        )
-
     def test_faults(self) -> None:
         """
         Behind a balancer nothing is lost silently, and a daemon that drains fails none.
@@ -403,10 +404,12 @@ class BalancerTests(ClusterTestCase, SynchronousTestCase):
 
 
 class ClientTests(ClusterTestCase, TestCase):
-    """The cluster as ``TaskClient`` sees it, without a balancer."""
+    """The cluster as ``TaskClient`` sees it, mostly without a balancer."""
 
     timeout = 60
     AT_ONCE = 12
+
+    SECONDS = 0.004
 
     async def call(self, client: TaskClient, tally: Tally, caller: int, **terms: Any) -> None:
         """Ask one task after the other."""
@@ -416,7 +419,9 @@ class ClientTests(ClusterTestCase, TestCase):
             tally.ask()
             phase = tally.phase
             try:
-                result = await client.call_with("where", [number], **{"timeout": 15, **terms})
+                result = await client.call_with(
+                    "where", [number, self.SECONDS], **{"timeout": 15, **terms}
+                )
             except ConnectionLost as error:
                 tally.fail(phase, f"ConnectionLost, may_have_started={error.may_have_started}")
             except TaskdError as error:
@@ -475,6 +480,35 @@ class ClientTests(ClusterTestCase, TestCase):
         in_flight = "ConnectionLost, may_have_started=True"
         self.assertEqual(plain.failed_otherwise(in_flight), set(), plain.told())
         self.assertLessEqual(len(plain.failed), self.AT_ONCE)
+
+    async def test_a_drain_behind_a_balancer(self) -> None:
+        """
+        A client that knows only the balancer fails no call as one daemon drains.
+
+        Its connection there, which ends a long call, has the fewest calls in flight.
+        """
+        self.start_haproxy()
+        self.SECONDS = 0.1
+        client = TaskClient(reactor, f"tcp:{BALANCER}:{PORT}", pool=3)
+        self.addCleanup(client.close)
+        self.is_stopping = False
+        tally = Tally()
+        _, name = await client.call("where", 0)
+        long = client.call("where", 1, DRAIN_SECONDS + 1.0)  # over the same connection
+        callers = [
+            ensureDeferred(self.call(client, tally, number)) for number in range(self.AT_ONCE)
+        ]
+        try:
+            await deferLater(reactor, 0.3)
+            tally.phase = "drain"
+            self.nodes[name].signal(signal.SIGTERM)
+            self.assertEqual(await long, [1, name])
+            await self.in_thread(lambda: tally.wait_for_more(self.AT_ONCE, 2))
+        finally:
+            self.is_stopping = True
+            await gatherResults(callers)
+        told(tally)
+        self.assertEqual((tally.strange, tally.failed, tally.lost), ([], [], 0), tally.told())
 
     async def test_a_machine_that_vanishes(self) -> None:
         """
@@ -584,6 +618,50 @@ class ConfigurationTests(SynchronousTestCase):
             lambda: self.checks(directory / "stats").count("L7OK") == 6, what="six good checks"
         )
 
+    def test_check_with_tls_and_tokens(self) -> None:
+        """``check-taskd`` shows a token, over TLS too, and takes nobody else for the daemon."""
+        directory = temporary_directory(self)
+        authority, token = trustme.CA(), "0123456789abcdef" * 2
+        shown = authority.issue_cert("tasks.example.org")
+        authority.cert_pem.write_to_path(directory / "ca.pem")
+        (directory / "token").write_text(f"{token}\n")
+        (directory / "unended").write_text(token)
+        (directory / "wrong").write_text("fedcba9876543210" * 2 + "\n")
+        daemon = Daemon(
+            *("--tls", "server.pem", "--key", "server.key", "--tls-port", "0"),
+            *("--token-file", "tokens"),
+            files={"server.pem": shown.cert_chain_pems[0].bytes().decode()},
+            secrets={
+                "server.key": shown.private_key_pem.bytes().decode(),
+                "tokens": f"lvs:{token}\n",
+            },
+            caller=lambda daemon: self.with_token(daemon, token),
+        )
+        self.addCleanup(daemon.stop)
+        daemon.start()
+        plain, tls = re.findall(r" port (\d+)", daemon.addresses)
+        over_tls = (str(directory / "ca.pem"), "tasks.example.org")
+        for port, file, further, expected in (
+            (plain, "token", (), True),
+            (plain, "unended", (), True),
+            (plain, "wrong", (), False),
+            (plain, "none", (), False),
+            (plain, "-", (), False),
+            (tls, "token", over_tls, True),
+            (tls, "wrong", over_tls, False),
+            (tls, "token", (over_tls[0], "other.example.org"), False),
+            (plain, "token", over_tls, False),
+            (tls, "token", (), False),
+        ):
+            with self.subTest(port=port, file=file, further=further):
+                path = file if file == "-" else str(directory / file)
+                checked = subprocess.run(
+                    [str(CHECK_TASKD), "127.0.0.1", port, path, *further],
+                    capture_output=True,
+                    timeout=10,
+                )
+                self.assertEqual(not checked.returncode, expected, checked.stderr)
+
     def with_token(self, daemon: Daemon, token: str) -> Connection:
         connection = Connection("127.0.0.1", daemon.port)
         connection.ask("taskd.auth", {"token": token})
@@ -620,11 +698,13 @@ class ConfigurationTests(SynchronousTestCase):
         ):
             self.assertIn(there, text)
             text = text.replace(there, here)
-        (directory / "keepalived.conf").write_text(text)
-        checked = subprocess.run(
-            [*lab.under(0), keepalived, "-t", "-l", "-f", str(directory / "keepalived.conf")],
-            capture_output=True,
-            timeout=20,
-            start_new_session=True,
-        )
-        self.assertEqual(checked.returncode, 0, checked.stderr.decode())
+        self.assertEqual(text.count("#misc_path"), 2)
+        for variant in (text, text.replace("#misc_path", "misc_path")):
+            (directory / "keepalived.conf").write_text(variant)
+            checked = subprocess.run(
+                [*lab.under(0), keepalived, "-t", "-l", "-f", str(directory / "keepalived.conf")],
+                capture_output=True,
+                timeout=20,
+                start_new_session=True,
+            )
+            self.assertEqual(checked.returncode, 0, checked.stderr.decode())
