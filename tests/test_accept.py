@@ -175,6 +175,23 @@ class SharedPortTests(SynchronousTestCase):
         self.assertEqual(protocol.transport.getPeer().port, peer.getsockname()[1])
         protocol.transport.connectionLost(Failure(ConnectionDone()))
 
+    def test_what_is_there_already(self) -> None:
+        """What a peer has sent by the time that it is accepted is heard at once."""
+        self.connect().sendall(b"hello")
+        self.port.doRead()
+        (protocol,) = self.factory.made
+        self.assertEqual((protocol.came_from, protocol.data), (["accepted"], b"hello"))
+        protocol.transport.connectionLost(Failure(ConnectionDone()))
+
+    def test_an_end_that_is_there_already(self) -> None:
+        """A peer that has gone by the time that it is accepted is the reactor's to notice."""
+        for end in (socket.socket.close, reset_by):
+            end(self.connect())
+            self.port.doRead()
+            protocol = self.factory.made[-1]
+            self.assertEqual((protocol.data, protocol.closed), (b"", 0))
+            protocol.transport.connectionLost(Failure(ConnectionDone()))
+
     def test_one_connection_a_wake_up(self) -> None:
         """Of two connections that wait one is accepted; the other may be a sibling's."""
         self.connect()
