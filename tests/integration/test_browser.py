@@ -121,6 +121,7 @@ class BrowserTestCase(DaemonTestCase):
             # The one worker's one thread would have run it before this.
             self.assertEqual(daemon.ask("add", [1, 2]), 3)
             self.assertFalse(os.path.exists(path))
+            self.wait_for_log(daemon, found)
             self.assertEqual(daemon.log.count(found), 1, daemon.log)
             self.assertRegex(daemon.log, rf"127\.0\.0\.1 port \d+: {found}")
             self.assertEqual(daemon.status()["totals"]["failed"], 0)
@@ -252,6 +253,7 @@ class HttpTests(BrowserTestCase):
                 self.assert_no_answer(curl, f"http://127.0.0.1:{daemon.port}/", *words)
             url = f"https://127.0.0.1:{daemon.port}/"
             self.assert_no_answer(curl, url, "--data-binary", lines)
+            self.wait_for_log(daemon, FOUND_TLS)
             self.assertEqual(daemon.log.count(FOUND_TLS), 1)
 
         self.for_both(check)

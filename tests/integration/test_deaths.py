@@ -63,7 +63,7 @@ class WorkerDeathTests(DeathsTestCase):
         self.wait_until_replaced(daemon, before, 1)
         self.assertEqual(daemon.restarts(), {"died": 1})
         self.assertFalse(os.path.exists(path + ".ended"))
-        self.assertIn(f"worker 1 (pid {before[1]}) was killed by SIGKILL", daemon.log)
+        self.wait_for_log(daemon, f"worker 1 (pid {before[1]}) was killed by SIGKILL")
         for connection in self.connect_to_each(daemon).values():
             self.assertEqual(connection.ask("add", [1, 2]), 3)
 
@@ -109,8 +109,8 @@ class WorkerDeathTests(DeathsTestCase):
             self.assertTrue(caller.is_hung_up())
             self.wait_until_replaced(daemon, before, number)
         self.assertEqual(daemon.restarts(), {"died": 4})
-        self.assertIn("exited with status 7", daemon.log)
-        self.assertIn("SIGSEGV", daemon.log)
+        self.wait_for_log(daemon, "exited with status 7")
+        self.wait_for_log(daemon, "SIGSEGV")
 
     def test_segfault_is_explained(self) -> None:
         """The log shows on which line of which task a worker has crashed."""
@@ -145,7 +145,7 @@ class WorkerDeathTests(DeathsTestCase):
             lambda: "worker 1 died within 1 s of its start; next try in 0.8 s" in daemon.log,
             what="the fourth death",
         )
-        self.assertIn("it is broken now", daemon.log)
+        self.wait_for_log(daemon, "it is broken now")
         self.assertLess(daemon.log.count("of its start; next try"), 6)
         broken.unlink()
         daemon.wait_until_whole()
@@ -217,8 +217,8 @@ class HandedOverTests(DeathsTestCase):
             daemon.wait_until_whole()
         Path(here).touch()
         self.assertEqual(callers[1].reply(), {"id": "here", "result": "released"})
-        self.assertIn("exited with status 7", daemon.log)
-        self.assertIn("SIGSEGV", daemon.log)
+        self.wait_for_log(daemon, "exited with status 7")
+        self.wait_for_log(daemon, "SIGSEGV")
 
     def test_killed_origin_of_waiting(self) -> None:
         """When their caller's worker is killed, tasks that wait are run once, if at all wanted."""
@@ -334,7 +334,7 @@ class ZygoteDeathTests(DeathsTestCase):
         self.assertEqual(process.parent, successor)
         for pid in (zygote, before[1]):
             wait_until(lambda pid=pid: Process.read(pid) is None, what="the end of a process")
-        self.assertIn(f"the zygote (pid {zygote}) was killed by SIGKILL", daemon.log)
+        self.wait_for_log(daemon, f"the zygote (pid {zygote}) was killed by SIGKILL")
 
     def other_zygote(self, daemon: Daemon, before: int) -> int:
         zygote = daemon.zygote
@@ -596,7 +596,7 @@ class StopTests(DeathsTestCase):
             daemon.wait_until_gone()
             self.assertFalse(self.has_ended(path))
             self.assertIn(daemon.wait_for_exit(), (0, -signal.SIGTERM))
-            self.assertIn("told again to stop", daemon.log)
+            self.wait_for_log(daemon, "told again to stop")
             self.assert_port_is_free(daemon)
 
     def test_stop_at_the_start(self) -> None:

@@ -164,7 +164,7 @@ class CancelTests(LimitsTestCase):
         self.assert_replaced(daemon, before, time_limit=1)
         self.assertIn(before[2], daemon.workers().values())
         self.assertFalse(self.has_ended(path))
-        self.assertIn("hold was given up and goes on", daemon.log)
+        self.wait_for_log(daemon, "hold was given up and goes on")
         self.assert_all_serve(*connections.values())
 
     def test_running_elsewhere(self) -> None:

@@ -51,7 +51,7 @@ class WearTests(DaemonTestCase):
         restarts = daemon.restarts()
         self.assertEqual(set(restarts), {"max_tasks"})
         self.assertGreaterEqual(restarts["max_tasks"], 6)
-        self.assertIn("was replaced: max-tasks", daemon.log)
+        self.wait_for_log(daemon, "was replaced: max-tasks")
         daemon.wait_until_settled()
 
     def test_max_tasks_of_one_worker(self) -> None:
@@ -205,7 +205,7 @@ class ReloadTests(DaemonTestCase):
             )
             self.assertEqual(daemon.log.count("the new code cannot be loaded"), count + 1)
             for word in words:
-                self.assertIn(word, daemon.log)
+                self.wait_for_log(daemon, word)
             self.assertEqual(caller.ask("version"), 1)
         self.assertEqual((daemon.workers(), daemon.zygote), (before, zygote))
         self.reload(daemon, 2)

@@ -236,7 +236,7 @@ class ExposureTests(RefusedTestCase, DaemonTestCase):
         """With ``--insecure`` it starts, and warns."""
         daemon = self.start("--listen=tcp:0", "--insecure", port=None, procs=1)
         self.assertEqual(daemon.ask("add", [1, 2]), 3)
-        self.assertIn("--insecure: whoever can reach", daemon.log)
+        self.wait_for_log(daemon, "--insecure: whoever can reach")
 
     def test_token(self) -> None:
         """With tokens it starts, and warns that they can be read on the way."""
@@ -248,7 +248,7 @@ class ExposureTests(RefusedTestCase, DaemonTestCase):
             caller=by_token(TOKEN),
         )
         self.assertEqual(daemon.ask("add", [1, 2]), 3)
-        self.assertIn("speaks no TLS", daemon.log)
+        self.wait_for_log(daemon, "speaks no TLS")
         self.assertNotIn("--insecure", daemon.log)
 
 

@@ -273,7 +273,7 @@ class ClientCertificateTests(TlsServerTestCase):
             self.assertEqual(caller.ask("taskd.ping"), "pong")
         (worker,) = daemon.status()["workers"]
         self.assertEqual(worker["callers"], {"web 1": 2, "ops": 1})
-        self.assertIn(": it is web 1", daemon.log)
+        self.wait_for_log(daemon, ": it is web 1")
         between = self.own("web 2", self.clients.create_child_ca())
         with Connection.over(self.secure(daemon, between)) as caller:
             self.assertEqual(caller.ask("add", [1, 2]), 3)
@@ -420,7 +420,7 @@ class ReloadTests(TlsServerTestCase):
             make()
             daemon.signal(signal.SIGHUP)
             wait_until(lambda words=words: words in self.reload_failure(daemon), what=words)
-            self.assertIn(words, daemon.log)
+            self.wait_for_log(daemon, words)
             self.assertEqual(self.serial(daemon), serial)
             self.assertEqual(caller.ask("add", [1, 2]), 3)
         self.assertEqual(daemon.workers(), before)
