@@ -49,6 +49,9 @@ NOT_FOR_CHILDREN: Final = frozenset(
 """What the environment says to this process alone."""
 
 
+_LONGEST_UNENDED: Final = 8192
+"""Bytes of a line without an end, after which it is logged as it is."""
+
 _STREAMS: Final = {1: "stdout", 2: "stderr"}
 
 
@@ -435,7 +438,11 @@ class Zygote(ProcessProtocol):
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: N803
         """Log what the zygote and all workers print, line by line."""
-        *lines, self._unread[childFD] = (self._unread[childFD] + data).split(b"\n")
+        *lines, rest = (self._unread[childFD] + data).split(b"\n")
+        if len(rest) > _LONGEST_UNENDED:  # a bar of progress may never end its line
+            lines.append(rest)
+            rest = b""
+        self._unread[childFD] = rest
         for line in lines:
             text = line.decode(errors="backslashreplace")
             self._output.info("{log_text}", log_text=text, stream=_STREAMS[childFD])

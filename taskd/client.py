@@ -416,7 +416,10 @@ def call_once(
     )
 
     def close(result: Any) -> Deferred[Any]:
-        return client.close().addCallback(lambda _: result)
+        # Who cancels meanwhile waits no longer for the connection's end.
+        done: Deferred[Any] = Deferred(lambda done: done.callback(result))
+        client.close().addBoth(lambda _: None if done.called else done.callback(result))
+        return done
 
     return called.addBoth(close)
 

@@ -104,6 +104,7 @@ class TaskClientProtocol(LongLineReceiver):
         self._last_number = GREETING_ID
         self._pending: dict[int, _Pending] = {}
         self._last_words: CallError | None = None
+        self._has_given_up = False
         self._unauthorized: tuple[Unauthorized, int] | None = None  # and what was sent by then
         self.has_stood = False
         self.has_answered = False
@@ -249,6 +250,7 @@ class TaskClientProtocol(LongLineReceiver):
             reply = decode_reply(line)
         except Malformed as error:
             is_known = self.has_answered or self._unauthorized
+            self._has_given_up = True
             self._last_words = error if is_known else Malformed(f"{error}. Is it no taskd?")
             self.transport.abortConnection()
             return
@@ -294,6 +296,7 @@ class TaskClientProtocol(LongLineReceiver):
 
     def lineLengthExceeded(self, line: bytes) -> None:
         """Give up on a daemon that sends more than anybody asked for."""
+        self._has_given_up = True
         self._last_words = Malformed(f"a reply of more than {self.MAX_LENGTH} bytes")
         self.transport.abortConnection()
 
@@ -339,7 +342,8 @@ class TaskClientProtocol(LongLineReceiver):
         if self._unauthorized is not None and self.refusal is self._unauthorized[0]:
             refused_until = self._unauthorized[1]
         # An answer without an id is to the oldest request that has none: those
-        # before it were answered, those behind it were never read.
+        # before it were answered, those behind it were never read. Where it was us who
+        # gave up on what came, all may have been.
         for number in list(self._pending):
             pending = self._take(number)
             if pending is None:
@@ -349,8 +353,10 @@ class TaskClientProtocol(LongLineReceiver):
             elif self._last_words is not None:
                 error, self._last_words = self._last_words, None
                 pending.deferred.errback(error)
+                who = "this program" if self._has_given_up else "the daemon"
                 error = ConnectionLost(
-                    f"the daemon closed the connection: {error.message}", may_have_started=False
+                    f"{who} closed the connection: {error.message}",
+                    may_have_started=self._has_given_up,
                 )
             else:
                 pending.deferred.errback(error)

@@ -195,7 +195,7 @@ class Forwarder:
             for name, value in list(fields.items())[:_MOST_FIELDS]
         }
         if traceback:
-            fields["traceback"] = _middle_out(traceback)
+            fields["traceback"] = _middle_out(str(traceback))
         message = {
             "time": now,
             "level": level.name,

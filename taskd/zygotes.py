@@ -222,6 +222,8 @@ class Zygotes:
         self._old.discard(zygote)
         if is_current:
             self._current = None
+        elif zygote is self._next and self._is_stopping:
+            self._next = None
         elif zygote is self._next:
             self._reload_failed(f"the zygote {describe_end(status)} while it loaded the code")
         if is_current and not self._is_stopping:

@@ -494,6 +494,17 @@ class LossTests(ClientTestCase):
         self.daemon.hang_up(ConnectionAborted())
         self.failureResultOf(called, Malformed)
 
+    def test_what_we_gave_up_on_may_have_run(self) -> None:
+        """Calls on a connection that ended over one unreadable reply are not sent again."""
+        for said in (b"not json\n", b"x" * 1001):
+            calls = [self.client.call("pay", number) for number in (1, 2)]
+            daemon = self.endpoint.accept() if self.daemon.transport.disconnected else self.daemon
+            daemon.client.MAX_LENGTH = 1000
+            daemon.client.dataReceived(said)
+            daemon.hang_up(ConnectionAborted())
+            self.failureResultOf(calls[0], Malformed)
+            self.assertTrue(self.failureResultOf(calls[1], ConnectionLost).value.may_have_started)
+
     def test_timers_go_with_the_calls(self) -> None:
         """The time limits of lost calls are no longer kept."""
         called = self.client.call("f", timeout=5)
@@ -1675,6 +1686,17 @@ class CallOnceTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.loop = Loop()
         self.endpoint = ScriptedEndpoint()
+
+    def test_a_result_that_is_not_waited_for(self) -> None:
+        """Who cancels while the connection is closed has the result, and waits no longer."""
+        called = call_once(self.loop, self.endpoint, "f", [1])
+        daemon = self.endpoint.accept()
+        daemon.send(id=daemon.requests[0]["id"], result="once")
+        self.assertNoResult(called)
+        called.cancel()
+        self.assertEqual(self.successResultOf(called), "once")
+        daemon.hang_up()
+        self.assertEqual(self.flushLoggedErrors(), [])
 
     def test_a_result(self) -> None:
         """The result comes when the connection is closed again."""

@@ -96,6 +96,10 @@ class FakeZygote:
     def take_link(self, link: Any) -> None:
         self._link = link
 
+    def print(self, data: bytes) -> None:
+        """Have it, or a worker, print something."""
+        self._protocol.childDataReceived(1, data)
+
     @property
     def orders(self) -> list[Any]:
         """What it was told since this was last asked."""
@@ -396,6 +400,24 @@ class StartTests(SupervisorTestCase):
         """The zygote is given the listening socket."""
         listening = self.start().listening
         self.assertTrue(listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+    def test_a_line_that_never_ends(self) -> None:
+        """What is printed without a line's end is logged in parts, and not kept."""
+        said: list[str] = []
+
+        def observe(event: Any) -> None:
+            if event["log_namespace"] == "taskd.output":
+                said.append(event["log_text"])
+
+        globalLogPublisher.addObserver(observe)
+        self.addCleanup(globalLogPublisher.removeObserver, observe)
+        zygote = self.start()
+        zygote.print(b"begun, ")
+        zygote.print(b"ended\nnext")
+        self.assertEqual(said, ["begun, ended"])
+        zygote.print(b"\r" * 10_000)
+        zygote.print(b"new\n")
+        self.assertEqual([len(text) for text in said[1:]], [10_004, 3])
 
     def test_signals(self) -> None:
         """Until it is stopped only SIGHUP is the daemon's own; the others are twistd's."""
