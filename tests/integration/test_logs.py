@@ -116,6 +116,7 @@ class JsonTests(LogTestCase):
         for name in ("fail", "fail_at_once", "fail_later"):
             self.assert_error(daemon.ask(name, ["a\nb"]), "task-failed")
         self.assert_error(daemon.ask("hold", [self.path(daemon)]), "time-limit")
+        self.wait_for_log(daemon, "was replaced: time-limit")
         daemon.ask("say", ["one\rtwo \x1b[31m"])
         before = daemon.wait_until_settled()
         victim = min(before)
