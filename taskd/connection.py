@@ -41,7 +41,7 @@ from taskd.errors import (
     UnknownFunction,
     error_from_wire,
 )
-from taskd.lines import LongLineReceiver
+from taskd.lines import LongLineReceiver, write_at_once
 from taskd.trust import GREETING_ID, failure_of_handshake, greeting, refused_certificate
 from taskd.wire import ALPN, NO_TERMS, Args, Terms, decode_reply, encode_request
 
@@ -153,7 +153,10 @@ class TaskClientProtocol(LongLineReceiver):
                 timeout + _ANSWER_GRACE_SECONDS, self._expire, number, function, timeout
             )
         self._pending[number] = pending
-        self.transport.write(line)
+        if len(self._pending) == 1:
+            write_at_once(self.transport, line)
+        else:  # with what else is asked in this round of the reactor
+            self.transport.write(line)
         return pending.deferred
 
     def close(self) -> Deferred[None]:

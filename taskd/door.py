@@ -11,25 +11,31 @@ import json
 from collections import Counter
 from collections.abc import Callable, Hashable
 from ipaddress import ip_address, ip_network
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from taskd.access import Access, Grant
-from taskd.slots import CALLERS_BYTES, Slot
+from taskd.slots import CALLERS_BYTES
 from taskd.throttle import Penalties, Throttle
 from taskd.tls import reason_of
 
-__all__ = ["Door", "Visitor"]
+__all__ = ["Door", "Shown", "Visitor"]
 
 _LONGEST_SHOWN_NAME: Final = 64
 _REST: Final = "…"
 
 
+class Shown(Protocol):
+    """Where it is shown whose connections there are: a slot, seen from here."""
+
+    def show_callers(self, callers: str, /) -> None: ...  # noqa: D102
+
+
 class Door:
     """
-    What the connections of one worker have in common, before and after they are known.
+    What the connections of one process have in common, before and after they are known.
 
     Args:
         access: The rules.
@@ -43,7 +49,7 @@ class Door:
 
     _log = Logger(namespace="taskd.door")
 
-    def __init__(self, access: Access, slot: Slot, clock: Callable[[], float]) -> None:
+    def __init__(self, access: Access, slot: Shown, clock: Callable[[], float]) -> None:
         self._slot = slot
         self._clock = clock
         self._penalties = Penalties()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Final
 
+from twisted.internet import tcp
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 from twisted.protocols.basic import LineReceiver
 from twisted.python.failure import Failure
 
-__all__ = ["EagerWrites", "LongLineReceiver", "OneConnection"]
+__all__ = ["EagerWrites", "LongLineReceiver", "OneConnection", "write_at_once"]
 
 
 _FEW_PIECES: Final = 64
@@ -68,6 +69,23 @@ class EagerWrites:
         super().connectionLost(reason)  # type: ignore[misc]
         if self.has_unsent:
             self._tempDataBuffer, self._tempDataLen, self.dataBuffer = [], 0, b""
+
+
+def write_at_once(transport: Any, data: bytes) -> None:
+    """
+    Have a transport that Twisted has made send at once, as far as it can.
+
+    Args:
+        transport: Over a socket as it is, or of any other kind, which sends in its own time.
+        data: What to send.
+    """
+    if isinstance(transport, tcp.Connection) and transport.connected:
+        waits: Any = transport
+        if not (waits._tempDataBuffer or waits.dataBuffer or transport.disconnecting):
+            with contextlib.suppress(OSError):
+                data = data[waits.socket.send(data) :]
+    if data:
+        transport.write(data)
 
 
 class LongLineReceiver(LineReceiver):

@@ -21,6 +21,8 @@ __all__ = [
     "SMTP_TLS",
     "Settings",
     "SmtpSettings",
+    "check_choice",
+    "check_range",
 ]
 
 DEFAULT_MAX_LINE_BYTES: Final = 1024 * 1024
@@ -62,7 +64,7 @@ class SmtpSettings:
     def __post_init__(self) -> None:
         if not self.host or not 1 <= self.port <= 65535:
             raise SettingsError("--smtp: give HOST:PORT, the port from 1 to 65535")
-        _check_choice("--smtp-tls", self.tls, SMTP_TLS)
+        check_choice("--smtp-tls", self.tls, SMTP_TLS)
         if self.timeout_seconds <= 0:
             raise SettingsError("--smtp: the timeout must be above 0 seconds")
 
@@ -143,24 +145,24 @@ class Settings:
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        _check_range("--port", self.port, 0, 65535)
-        _check_range("--tls-port", self.tls_port, 0, 65535)
+        check_range("--port", self.port, 0, 65535)
+        check_range("--tls-port", self.tls_port, 0, 65535)
         self._check_tls()
-        _check_range("--procs", self.procs, 1, 1000)
-        _check_range("--threads", self.threads, 1, 100)
-        _check_range("--max-line", self.max_line_bytes, 1024, 1024**3)
-        _check_range("--grace", self.grace_seconds, 0, 86400)
-        _check_range("--drain-seconds", self.drain_seconds, 0, 86400)
-        _check_range("--backlog", self.backlog, 0, 1_000_000)
-        _check_range("--max-in-flight", self.max_in_flight, 1, 1_000_000)
-        _check_range("--max-connections", self.max_connections, 1, 10_000_000)
-        _check_range("--first-line-timeout", self.first_line_seconds, 0.1, 86400)
-        _check_range("--idle-timeout", self.idle_seconds, 0.1, 10 * 86400)
-        _check_range("--max-tasks", self.max_tasks, 1, 10**12)
+        check_range("--procs", self.procs, 1, 1000)
+        check_range("--threads", self.threads, 1, 100)
+        check_range("--max-line", self.max_line_bytes, 1024, 1024**3)
+        check_range("--grace", self.grace_seconds, 0, 86400)
+        check_range("--drain-seconds", self.drain_seconds, 0, 86400)
+        check_range("--backlog", self.backlog, 0, 1_000_000)
+        check_range("--max-in-flight", self.max_in_flight, 1, 1_000_000)
+        check_range("--max-connections", self.max_connections, 1, 10_000_000)
+        check_range("--first-line-timeout", self.first_line_seconds, 0.1, 86400)
+        check_range("--idle-timeout", self.idle_seconds, 0.1, 10 * 86400)
+        check_range("--max-tasks", self.max_tasks, 1, 10**12)
         if self.max_rss_bytes is not None:
-            _check_range("--max-rss", self.max_rss_bytes / 2**20, 1, 2**30)
-        _check_choice("--log-format", self.log_format, LOG_FORMATS)
-        _check_choice("--log-level", self.log_level, LOG_LEVELS)
+            check_range("--max-rss", self.max_rss_bytes / 2**20, 1, 2**30)
+        check_choice("--log-format", self.log_format, LOG_FORMATS)
+        check_choice("--log-level", self.log_level, LOG_LEVELS)
         for name in self.task_modules:
             if not name.endswith(".py") and not _MODULE.fullmatch(name):
                 raise SettingsError(
@@ -197,11 +199,23 @@ class Settings:
         )
 
 
-def _check_range(option: str, value: float | None, least: float, most: float) -> None:
+def check_range(option: str, value: float | None, least: float, most: float) -> None:
+    """
+    Check a number that may be left out.
+
+    Raises:
+        SettingsError: It is not from *least* to *most*.
+    """
     if value is not None and not least <= value <= most:
         raise SettingsError(f"{option}: a number from {least} to {most}, not {value}")
 
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """
+    Check a word.
+
+    Raises:
+        SettingsError: It is none of *choices*.
+    """
     if value not in choices:
         raise SettingsError(f"{option}: one of {', '.join(choices)}, not {value!r}")

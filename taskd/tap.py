@@ -11,26 +11,24 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, ClassVar, Final, NoReturn, cast
 
 from twisted.application.service import IService
 from twisted.logger import (
     ILogObserver,
     LogEvent,
-    Logger,
     LogLevel,
     formatEvent,
     globalLogPublisher,
 )
 from twisted.python import usage
-from twisted.python.components import Componentized
 
 from taskd import __version__
 from taskd.checking import check
 from taskd.credentials import read_secret
 from taskd.endpoints import listeners_from
 from taskd.errors import SettingsError, StartFailed
+from taskd.launch import WritesItsLog, in_one_line, one_line_for_failed_starts
 from taskd.logs import observer_for
 from taskd.notify import Notifier
 from taskd.options import OPTIONS, Option, read_file
@@ -124,8 +122,7 @@ class Options(usage.Options):
         try:
             super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as error:
-            told = str(error).removeprefix("Parameter type enforcement failed: ")
-            raise SystemExit(f"twistd taskd: {told}; see twistd taskd --help") from None
+            raise in_one_line("taskd", error) from None
 
     def postOptions(self) -> None:
         """Check everything that can be checked before the daemon starts."""
@@ -307,7 +304,7 @@ def makeService(options: Options) -> IService:
     """
     from twisted.internet import reactor
 
-    sys.excepthook = _one_line_for_failed_starts(sys.excepthook)
+    sys.excepthook = one_line_for_failed_starts("taskd", sys.excepthook)
     daemon = _Daemon(
         options.settings,
         Ports(options.settings, options.listeners),
@@ -318,41 +315,5 @@ def makeService(options: Options) -> IService:
     return daemon
 
 
-class _Daemon(Supervisor):
-    """
-    The supervisor, which has its application write the log as it was told.
-
-    Attributes:
-        observer: Makes what writes it, or gives None: that is left to twistd.
-    """
-
-    observer: Callable[[], ILogObserver | None]
-
-    def setServiceParent(self, parent: Any) -> None:  # noqa: N802
-        """Become part of an application, which twistd asks then for an observer."""
-        if isinstance(parent, Componentized) and (observer := self.observer()) is not None:
-            parent.setComponent(ILogObserver, observer)
-        super().setServiceParent(parent)  # type: ignore[no-untyped-call]
-
-
-_Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
-
-
-def _one_line_for_failed_starts(previous: _Hook) -> _Hook:
-    """
-    Make twistd end with one line, instead of a traceback, when the daemon cannot start.
-
-    twistd lets the exception through, so that its own cleaning up is done and
-    the exit status is 1; only what is shown is left to us.
-    """
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not isinstance(error, StartFailed):
-            previous(kind, error, trace)
-            return
-        print(f"twistd taskd: {error}", file=sys.__stderr__)
-        if os.path.samestat(os.fstat(2), os.stat(os.devnull)):
-            # A daemon has no terminal any more, and twistd says to look at the log.
-            Logger(namespace="taskd").critical("cannot start: {reason}", reason=error)
-
-    return hook
+class _Daemon(WritesItsLog, Supervisor):
+    """The supervisor, which has its application write the log as it was told."""

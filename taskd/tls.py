@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, ClassVar
 
 from cryptography import x509
@@ -100,6 +101,7 @@ class Secure:
         pair: What is shown to callers.
         client_ca: In PEM the authorities that callers' certificates must come
             from, or '' to ask for none.
+        protocol: The name in ALPN of what is spoken over it.
 
     Attributes:
         expires: When the certificate does, in UTC.
@@ -108,7 +110,7 @@ class Secure:
         StartFailed: The key does not fit, or something is no PEM.
     """
 
-    def __init__(self, pair: KeyPair, client_ca: str = "") -> None:
+    def __init__(self, pair: KeyPair, client_ca: str = "", protocol: bytes = ALPN) -> None:
         try:
             own, *chain = x509.load_pem_x509_certificates(pair.certificate.encode())
             key = load_pem_private_key(pair.key.encode(), password=None)
@@ -128,7 +130,7 @@ class Secure:
                 trustRoot=trusted,
             )
             context = options.getContext()
-            context.set_alpn_select_callback(_choose_protocol)
+            context.set_alpn_select_callback(partial(_choose_protocol, protocol))
             context.check_privatekey()
         except (SSL.Error, TypeError, ValueError) as error:
             raise StartFailed(
@@ -146,10 +148,10 @@ class Secure:
         return SecureTransport(self._factory, protocol)  # type: ignore[no-untyped-call]
 
 
-def _choose_protocol(connection: SSL.Connection, offered: list[bytes]) -> bytes:
-    if ALPN not in offered:
-        raise SSL.Error([("", "", "it offers other protocols than taskd/1")])
-    return ALPN
+def _choose_protocol(ours: bytes, connection: SSL.Connection, offered: list[bytes]) -> bytes:
+    if ours not in offered:
+        raise SSL.Error([("", "", f"it offers other protocols than {ours.decode()}")])
+    return ours
 
 
 def _authorities(pem: str) -> Any:

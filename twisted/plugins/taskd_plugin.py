@@ -8,3 +8,10 @@ taskd = ServiceMaker(
     "A pool of worker processes that runs tasks, asked by one line of JSON.",
     "taskd",
 )
+
+taskd_gateway = ServiceMaker(
+    "taskd-gateway",
+    "taskd.gateway.tap",
+    "The way from the browser to taskd: WebSocket, HTTP, and a page that shows its workers.",
+    "taskd-gateway",
+)

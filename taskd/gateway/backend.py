@@ -1,0 +1,149 @@
+"""
+The way to the daemons: whose connections a call takes, and what its failure is called.
+
+Each token that callers have shown has connections of its own, so a daemon knows
+whom a call is from; whoever has shown none shares the gateway's. What a call's
+answer looks like is ``conversation``'s and ``pages``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.interfaces import IDelayedCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from taskd.client import TaskClient
+from taskd.errand import stop
+from taskd.errors import CallError, ClientError, ConnectionLost, InternalError, WorkerLost
+from taskd.throttle import Throttle
+
+__all__ = ["Backend", "Tenant"]
+
+_LINGER_SECONDS: Final = 60.0
+"""So long connections are kept of a token that nobody shows any more."""
+
+
+class Tenant:
+    """
+    Somebody who calls by way of the gateway: whoever shows one token, or none.
+
+    Made by ``Backend.tenant``.
+
+    Args:
+        client: The connections.
+        left: Called when one who has come has gone.
+    """
+
+    def __init__(self, client: TaskClient, left: Callable[[Tenant], None]) -> None:
+        self.client = client
+        self.visitors = 0
+        self.linger: IDelayedCall | None = None
+        self._left = left
+
+    def leave(self) -> None:
+        """Take it that one of those who have come has gone."""
+        self.visitors -= 1
+        self._left(self)
+
+
+class Backend:
+    """
+    All connections to the daemons.
+
+    Args:
+        reactor: Keeps the delays.
+        connect: Makes a client that shows a token, or none where that is None.
+        own_token: The gateway's own token, or None.
+        passes_on: False: callers' tokens stay here.
+    """
+
+    _log = Logger(namespace="taskd.gateway")
+
+    def __init__(
+        self,
+        reactor: Any,
+        connect: Callable[[str | None], TaskClient],
+        own_token: str | None,
+        *,
+        passes_on: bool,
+    ) -> None:
+        self._reactor = reactor
+        self._connect = connect
+        self._own_token = own_token
+        self._passes_on = passes_on
+        self._tenants: dict[str, Tenant] = {}
+        self._throttle = Throttle()
+
+    def tenant(self, token: str = "") -> Tenant:
+        """
+        Take in one who calls, until it leaves.
+
+        Args:
+            token: What it has shown, or ''.
+        """
+        key = token if self._passes_on else ""
+        tenant = self._tenants.get(key)
+        if tenant is None:
+            client = self._connect(key or self._own_token)
+            tenant = self._tenants[key] = Tenant(client, partial(self._left, key))
+        stop(tenant.linger)
+        tenant.visitors += 1
+        return tenant
+
+    def _left(self, key: str, tenant: Tenant) -> None:
+        if not tenant.visitors and key:
+            tenant.linger = self._reactor.callLater(_LINGER_SECONDS, self._forget, key, tenant)
+
+    def _forget(self, key: str, tenant: Tenant) -> None:
+        if self._tenants.get(key) is tenant:
+            del self._tenants[key]
+            tenant.client.close()
+
+    def close(self) -> Deferred[Any]:
+        """
+        Wait for the calls in flight, then close all connections.
+
+        Returns:
+            Fires once everything is closed.
+        """
+        tenants, self._tenants = self._tenants, {}
+        for tenant in tenants.values():
+            stop(tenant.linger)
+        return gatherResults([tenant.client.close() for tenant in tenants.values()])
+
+    def error_of(self, failure: Failure) -> CallError:
+        """
+        Say to a browser what has become of its call; where the daemons are is not its business.
+
+        Args:
+            failure: What the call has failed with.
+        """
+        error = failure.value
+        if isinstance(error, ConnectionLost):
+            return _lost("the worker, or the way to it, was lost", error.may_have_started)
+        if isinstance(error, CallError):
+            return error
+        if isinstance(error, ClientError):
+            self._say("a call came to no daemon: {reason}", str(error))
+            return _lost("the task service cannot be reached; nothing was run", False)
+        self._log.failure("a call has failed in a way that nobody foresaw", failure)
+        return InternalError("the gateway has failed; its log says more")
+
+    def _say(self, words: str, reason: str) -> None:
+        """Log what may be so for every call, and say how often it was left out."""
+        left_out = self._throttle.admit(words, self._reactor.seconds())
+        if left_out is not None:
+            words += " ({left_out} more were not logged)" if left_out else ""
+            self._log.warn(words, reason=reason, left_out=left_out)
+
+
+def _lost(message: str, may_have_started: bool) -> WorkerLost:
+    error = WorkerLost(message, may_have_started=may_have_started)
+    if not may_have_started:
+        error.details["may_have_started"] = False
+    return error

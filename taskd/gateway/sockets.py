@@ -1,0 +1,371 @@
+"""
+WebSockets: autobahn's protocol <-> conversation, and the dashboard's feed.
+
+Autobahn's own limits are all off; here they are set. What it does not have is added:
+a browser that does not read is not read from, and cut off when it never reads.
+Whether a request may become a WebSocket at all is ``site``'s to say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
+from autobahn.websocket.protocol import PreparedMessage
+from twisted.internet.interfaces import IDelayedCall, IPushProducer
+from zope.interface import implementer
+
+from taskd.access import Grant
+from taskd.door import Door, Visitor
+from taskd.errand import stop
+from taskd.gateway.backend import Backend
+from taskd.gateway.conversation import (
+    GOING_AWAY,
+    RESTART,
+    UNAUTHORIZED,
+    Conversation,
+    Limits,
+)
+from taskd.gateway.figures import Figures
+from taskd.gateway.settings import GatewaySettings
+
+__all__ = ["BrowserFactory", "BrowserSocket", "FeedFactory", "FeedSocket"]
+
+_SUBPROTOCOL: Final = "taskd"
+"""A browser that names subprotocols must be given one, or it fails the connection."""
+
+_UNSUPPORTED: Final = 1003
+_MOST_UNSENT_BYTES: Final = 64 * 2**20
+"""So much may wait for a browser that is slow to read."""
+
+_FIRST_MESSAGE_SECONDS: Final = 30.0
+"""Who has to say who it is has said so by then."""
+
+_HANDSHAKE_SECONDS: Final = 10.0
+_CLOSE_SECONDS: Final = 2.0
+
+
+@implementer(IPushProducer)
+class _Socket(WebSocketServerProtocol):
+    """
+    One WebSocket: what all of them need.
+
+    Attributes:
+        has_begun: Whether messages can be sent.
+    """
+
+    has_begun = False
+    _is_behind = _is_held = False
+    _unsent_before = 0
+    factory: Any
+    transport: Any
+
+    def onConnect(self, request: Any) -> str | None:
+        """Choose the subprotocol."""
+        return _SUBPROTOCOL if _SUBPROTOCOL in request.protocols else None
+
+    def onOpen(self) -> None:
+        """Begin: the handshake is done."""
+        self.has_begun = True
+        self.transport.registerProducer(self, True)
+        self.factory.opened(self)
+        self.begun()
+
+    def begun(self) -> None:
+        """Begin; for those that are more than this."""
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take bytes; autobahn's own method first puts together what it would log of them."""
+        self._dataReceived(data)
+
+    def onClose(self, was_clean: bool, code: int | None, reason: str | None) -> None:
+        """Take it that the connection is gone; nothing comes behind this."""
+        if self.has_begun:
+            self.has_begun = False
+            self.factory.closed(self)
+            self.ended()
+        self.factory.gone()
+
+    def ended(self) -> None:
+        """Let go; for those that are more than this."""
+
+    def send(self, message: bytes) -> None:
+        """Send a text message, unless it is too late for that."""
+        if self.has_begun and self.state == self.STATE_OPEN:
+            # Autobahn's sendMessage would hold it to the limit for what comes in.
+            self.transport.write(PreparedMessage(message, False, False, True).payloadHybi)
+            if self.transport.unsent_bytes > _MOST_UNSENT_BYTES:
+                self.transport.abortConnection()
+
+    def report(self, message: bytes) -> None:
+        """Send a text message if what was sent before it is out."""
+        if not self._is_behind:
+            self.send(message)
+
+    def hang_up(self, code: int, reason: str) -> None:
+        """Close in order."""
+        if self.state == self.STATE_OPEN:
+            self._hold(False)  # or its answer to this would never be read
+            self.sendCloseFrame(code=code, reasonUtf8=reason.encode()[:123], isReply=False)
+
+    # Who does not read is not read from.
+
+    def pauseProducing(self) -> None:
+        """Read nothing more: what was sent is not read either."""
+        self._is_behind = True
+        self._unsent_before = self.transport.unsent_bytes
+        self._read_or_not()
+
+    def resumeProducing(self) -> None:
+        """Read again."""
+        self._is_behind = False
+        self._read_or_not()
+
+    def stopProducing(self) -> None:
+        """Take it that the connection is ending."""
+
+    def _hold(self, is_on: bool) -> None:
+        self._is_held = is_on
+        self._read_or_not()
+
+    def _read_or_not(self) -> None:
+        if self._is_behind or self._is_held:
+            self.transport.pauseProducing()
+        elif not self.transport.disconnecting:
+            self.transport.resumeProducing()
+
+    def onAutoPingTimeout(self) -> None:
+        """Drop a browser that gave no sign of life; one that still reads gives one by that."""
+        unsent = self.transport.unsent_bytes
+        if unsent and unsent != self._unsent_before:
+            self._unsent_before = unsent
+            self.autoPingTimeoutCall = self.factory.wait_for_pong(self.onAutoPingTimeout)
+            return
+        self.factory.was_silent()
+        self.autoPingTimeoutCall = None
+        self.transport.abortConnection()
+
+
+class _Factory(WebSocketServerFactory):
+    """
+    What the WebSockets of one kind have in common.
+
+    Args:
+        settings: What the operator decided.
+        figures: Where they are counted.
+        gone: Called when a connection has gone that was to be a WebSocket.
+        reactor: Keeps the delays.
+    """
+
+    noisy = False
+
+    def __init__(
+        self, settings: GatewaySettings, figures: Figures, gone: Callable[[], None], reactor: Any
+    ) -> None:
+        super().__init__(reactor=reactor, protocols=[_SUBPROTOCOL])  # type: ignore[no-untyped-call]
+        self._settings = settings
+        self._reactor = reactor
+        self.figures = figures
+        self.gone = gone
+        self.sockets: set[Any] = set()
+        self.setProtocolOptions(  # type: ignore[no-untyped-call]
+            # Which origins may is decided before, by ``origin``.
+            allowedOrigins=["*"],
+            allowNullOrigin=True,
+            webStatus=False,
+            utf8validateIncoming=False,  # the decoder does
+            maxFramePayloadSize=settings.max_message_bytes,
+            maxMessagePayloadSize=settings.max_message_bytes,
+            failByDrop=False,
+            openHandshakeTimeout=_HANDSHAKE_SECONDS,
+            closeHandshakeTimeout=_CLOSE_SECONDS,
+            autoPingInterval=settings.ping_seconds,
+            autoPingTimeout=settings.ping_seconds,
+            tcpNoDelay=False,  # the listening socket has set it
+        )
+
+    def opened(self, socket: Any) -> None:
+        """Take in one more."""
+        self.sockets.add(socket)
+        self.figures.add("websockets")
+        self.figures.add("opened")
+
+    def closed(self, socket: Any) -> None:
+        """Let one go."""
+        self.sockets.discard(socket)
+        self.figures.add("websockets", -1)
+
+    def was_silent(self) -> None:
+        """Count one that gave no sign of life."""
+        self.figures.add("silent")
+
+    def wait_for_pong(self, act: Callable[[], None]) -> Any:
+        """Wait once more as long as a sign of life may take."""
+        return self._reactor.callLater(self._settings.ping_seconds, act)
+
+
+class BrowserSocket(_Socket):
+    """One WebSocket over which tasks are called."""
+
+    conversation: Conversation | None = None
+    grant: Grant | None = None
+    token = ""
+    visitor: Visitor
+    _deadline: IDelayedCall | None = None
+
+    def begun(self) -> None:
+        """Begin the conversation, with what the handshake has shown."""
+        self.visitor.is_let_in(self.grant)
+        self.conversation = self.factory.conversation(self)
+        if self.grant is None:
+            self._deadline = self.factory.call_later(_FIRST_MESSAGE_SECONDS, self._end_stranger)
+
+    def _end_stranger(self) -> None:
+        if self.conversation is not None and not self.conversation.is_known:
+            self.hang_up(UNAUTHORIZED, "it was not said who calls")
+
+    def ended(self) -> None:
+        """Tell the conversation, which is over."""
+        stop(self._deadline)
+        self.visitor.left()
+        if self.conversation is not None:
+            self.conversation.lost()
+
+    def onMessage(self, payload: bytes, is_binary: bool) -> None:
+        """Take a message."""
+        assert self.conversation is not None
+        if is_binary:
+            self.hang_up(_UNSUPPORTED, "messages are text")
+        elif self.state == self.STATE_OPEN:
+            self.conversation.receive(payload)
+
+    def identify(self, token: str, done: Callable[[Grant | None], None]) -> None:
+        """Find out what a token grants, and read nothing meanwhile."""
+        self._hold(True)
+
+        def identified(grant: Grant | None) -> None:
+            if self.has_begun:
+                self._hold(False)
+                self.visitor.is_let_in(grant)
+            done(grant)
+
+        self.visitor.identify(token, self.factory.call_later, identified)
+
+    def turned_down(self, name: str, grant: Grant | None) -> None:
+        """Take note that a call was not allowed."""
+        self.visitor.turned_down(name, grant)
+
+
+class BrowserFactory(_Factory):
+    """
+    All WebSockets over which tasks are called.
+
+    Args:
+        settings: What the operator decided.
+        figures: Where they are counted.
+        gone: Called when a connection has gone that was to be a WebSocket.
+        reactor: Keeps the delays.
+        clock: Gives seconds that never go back.
+        backend: Where the calls go.
+        door: Who is let in.
+    """
+
+    protocol = BrowserSocket
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        figures: Figures,
+        gone: Callable[[], None],
+        reactor: Any,
+        clock: Callable[[], float],
+        backend: Backend,
+        door: Door,
+    ) -> None:
+        super().__init__(settings, figures, gone, reactor)
+        self._clock = clock
+        self._backend = backend
+        self._limits = Limits(settings.max_in_flight, settings.max_rate)
+        self.door = door
+        self.call_later = reactor.callLater
+
+    def conversation(self, socket: BrowserSocket) -> Conversation:
+        """Make a WebSocket's conversation."""
+        return Conversation(
+            socket,
+            self._backend,
+            self._limits,
+            self.figures,
+            self._clock,
+            socket.grant,
+            socket.token,
+        )
+
+    def drain(self) -> None:
+        """Start nothing more; close each when nothing is in flight on it."""
+        for socket in list(self.sockets):
+            if socket.conversation is not None:
+                socket.conversation.drain()
+
+    def end(self) -> None:
+        """Close all, whatever is in flight."""
+        for socket in list(self.sockets):
+            socket.hang_up(RESTART, "the gateway is stopping")
+
+
+class FeedSocket(_Socket):
+    """One dashboard that is open."""
+
+    is_allowed = False
+
+    def begun(self) -> None:
+        """Show what there was, to who may see it."""
+        if self.is_allowed:
+            self.send(self.factory.greeting())
+        else:
+            # Before the handshake nobody could tell the page why.
+            self.hang_up(UNAUTHORIZED, "a token is needed here")
+
+    def send(self, message: bytes) -> None:
+        """Send a text message, to who may see it."""
+        if self.is_allowed:
+            super().send(message)
+
+    def onMessage(self, payload: bytes, is_binary: bool) -> None:
+        """Take no message: a dashboard looks on."""
+        self.hang_up(_UNSUPPORTED, "nothing is to be said here")
+
+
+class FeedFactory(_Factory):
+    """
+    All dashboards that are open.
+
+    Attributes:
+        greet: Gives what a new one is shown first.
+    """
+
+    protocol = FeedSocket
+    greet: Callable[[], dict[str, Any]]
+
+    def greeting(self) -> bytes:
+        """Give what a new one is shown first."""
+        return _as_message(self.greet())
+
+    def show(self, news: dict[str, Any]) -> None:
+        """Show all of them something; who is behind with reading misses it."""
+        if self.sockets:
+            message = _as_message(news)
+            for socket in list(self.sockets):
+                cast(FeedSocket, socket).report(message)
+
+    def end(self) -> None:
+        """Close all."""
+        for socket in list(self.sockets):
+            socket.hang_up(GOING_AWAY, "the gateway is stopping")
+
+
+def _as_message(news: dict[str, Any]) -> bytes:
+    """Write something for the page, in ASCII."""
+    return json.dumps(news, separators=(",", ":")).encode()

@@ -1,0 +1,165 @@
+"""What the daemons are doing: each is asked for its status, once a second or when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from twisted.internet.defer import Deferred, gatherResults, succeed
+from twisted.internet.interfaces import IDelayedCall
+from twisted.python.failure import Failure
+
+from taskd import __version__
+from taskd.client import TaskClient
+from taskd.errand import stop
+from taskd.errors import CallError, TaskdError
+from taskd.gateway.figures import GAUGES, Figures
+from taskd.gateway.history import History
+
+__all__ = ["Node", "Watch"]
+
+_INTERVAL_SECONDS: Final = 1.0
+_ANSWER_SECONDS: Final = 5.0
+_FAILURES: Final = 50
+
+
+class Node(NamedTuple):
+    """
+    One daemon, or several behind one address.
+
+    Attributes:
+        name: Its address, for people.
+        client: The connection to it.
+    """
+
+    name: str
+    client: TaskClient
+
+
+class Watch:
+    """
+    Looks at all daemons, and tells the dashboards.
+
+    Args:
+        reactor: Keeps the delays.
+        nodes: The daemons.
+        figures: What the gateway counts.
+        clock: Gives seconds that never go back.
+        wall_clock: Gives UTC epoch seconds.
+
+    Attributes:
+        show: Takes what is new, for the dashboards.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        nodes: list[Node],
+        figures: Figures,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._reactor = reactor
+        self._nodes = nodes
+        self._figures = figures
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._history = History()
+        self._next: IDelayedCall | None = None
+        self._is_closed = False
+        self.show: Callable[[dict[str, Any]], None] = lambda _: None
+
+    def start(self) -> None:
+        """Look once a second from now on."""
+        started = self._clock()
+
+        def again(_: object) -> None:
+            if not self._is_closed:
+                took = self._clock() - started
+                wait = max(0.0, _INTERVAL_SECONDS - took)
+                self._next = self._reactor.callLater(wait, self.start)
+
+        self._look_and_show().addBoth(again)
+
+    def close(self) -> Deferred[Any]:
+        """
+        Look no more.
+
+        Returns:
+            Fires once the connections are closed.
+        """
+        self._is_closed = True
+        stop(self._next)
+        return gatherResults([node.client.close() for node in self._nodes])
+
+    def greeting(self) -> dict[str, Any]:
+        """Give what a dashboard is shown first."""
+        return {
+            "kind": "hello",
+            "version": __version__,
+            "interval": _INTERVAL_SECONDS,
+            "history": list(self._history.samples),
+        }
+
+    def statuses(self) -> Deferred[dict[str, Mapping[str, Any] | None]]:
+        """
+        Ask all daemons.
+
+        Returns:
+            Fires with what ``taskd.status`` tells by daemon; None: it does not answer.
+        """
+        names = [node.name for node in self._nodes]
+        asked = [self._ask(node, "taskd.status", {}) for node in self._nodes]
+        return gatherResults(asked).addCallback(
+            lambda told: {
+                name: None if isinstance(one, Exception) else one
+                for name, one in zip(names, told, strict=True)
+            }
+        )
+
+    def _ask(self, node: Node, function: str, args: dict[str, Any]) -> Deferred[Any]:
+        """Ask a daemon; the Deferred fires with an exception, and does not fail."""
+        called = node.client.call_with(function, args, timeout=_ANSWER_SECONDS)
+
+        def give(failure: Failure) -> Exception:
+            failure.trap(TaskdError)
+            assert isinstance(failure.value, Exception)
+            return failure.value
+
+        return called.addErrback(give)
+
+    def _look_and_show(self) -> Deferred[Any]:
+        return gatherResults([self._look_at(node) for node in self._nodes]).addCallback(self._tell)
+
+    def _look_at(self, node: Node) -> Deferred[dict[str, Any]]:
+        seen: dict[str, Any] = {"name": node.name, "error": None, "status": None, "failures": None}
+
+        def failures(told: Any) -> dict[str, Any]:
+            seen["failures"] = None if isinstance(told, Exception) else told
+            return seen
+
+        def status(told: Any) -> Deferred[dict[str, Any]]:
+            if isinstance(told, CallError):
+                seen["error"] = f"the daemon does not tell: {told}"
+            elif isinstance(told, Exception):
+                seen["error"] = f"the daemon cannot be reached: {told}"
+            else:
+                seen["status"] = told
+                return self._ask(node, "taskd.failures", {"limit": _FAILURES}).addCallback(failures)
+            return succeed(seen)
+
+        return self._ask(node, "taskd.status", {}).addCallback(status)
+
+    def _tell(self, seen: list[dict[str, Any]]) -> None:
+        totals = self._figures.totals()
+        sample = self._history.add(
+            self._clock(),
+            self._wall_clock(),
+            {node["name"]: node["status"] for node in seen},
+        )
+        gateway = {
+            **{name: totals[name] for name in GAUGES},
+            "messages": totals["messages"],
+            "refused": sum(count for name, count in totals.items() if name.startswith("refused_")),
+        }
+        self.show({"kind": "now", "sample": sample, "nodes": seen, "gateway": gateway})
