@@ -98,19 +98,18 @@ class Mailer:
             where = f"{self._smtp.host}:{self._smtp.port}"
             raise ConnectionError(f"the mail server {where}: {error}") from error
         try:
-            refused = server.send_message(mail, to_addrs=recipients)
+            refused = _readable(server.send_message(mail, to_addrs=recipients))
             # The mail is sent: whatever the server says to our goodbye, it is not to be sent again.
             with suppress(smtplib.SMTPException, OSError):
                 server.quit()
+        except smtplib.SMTPRecipientsRefused as error:
+            # Its own text is a dictionary of bytes.
+            each = _readable(error.recipients).items()
+            error.args = ("; ".join(f"{address}: {said}" for address, said in each),)
+            raise
         finally:
             server.close()
-        return {
-            "message_id": mail["Message-ID"],
-            "refused": {
-                address: f"{code} {reply.decode(errors='replace')}"
-                for address, (code, reply) in refused.items()
-            },
-        }
+        return {"message_id": mail["Message-ID"], "refused": refused}
 
     def _connect(self, smtp: SmtpSettings) -> smtplib.SMTP:
         timeout = smtp.timeout_seconds
@@ -129,6 +128,14 @@ class Mailer:
             server.close()
             raise
         return server
+
+
+def _readable(refused: dict[str, tuple[int, bytes]]) -> dict[str, str]:
+    """Put into words what the server said of each recipient that it did not take."""
+    return {
+        address: f"{code} {reply.decode(errors='replace')}"
+        for address, (code, reply) in refused.items()
+    }
 
 
 def _log_in(server: smtplib.SMTP, user: str, password: str) -> None:
