@@ -212,7 +212,7 @@ def _middle_out(text: str) -> str:
     return text if len(text) <= 2 * half else f"{text[:half]}\n…\n{text[-half:]}"
 
 
-def from_worker(number: int, pid: int, message: bytes) -> LogEvent:
+def from_worker(number: int, pid: int, message: bytes, kind: str = "worker") -> LogEvent:
     """
     Make an event again of what a ``Forwarder`` has sent.
 
@@ -220,6 +220,7 @@ def from_worker(number: int, pid: int, message: bytes) -> LogEvent:
         number: The worker's.
         pid: Its process.
         message: What was sent, without its verb.
+        kind: What it is, if it is no worker.
 
     Returns:
         The event, for ``twisted.logger.globalLogPublisher``.
@@ -228,14 +229,14 @@ def from_worker(number: int, pid: int, message: bytes) -> LogEvent:
     fields = told["fields"]
     event = {
         **{name: value for name, value in fields.items() if not name.startswith("log_")},
-        "worker": number,
+        kind: number,
         "pid": pid,
         "log_time": told["time"],
         "log_level": LogLevel.levelWithName(told["level"]),
         "log_namespace": told["logger"],
         "log_text": told["message"],
         "log_about": _about_text(told["message"], fields),
-        "log_format": "worker {worker}: {log_text}{log_about}",
+        "log_format": f"{kind} {{{kind}}}: {{log_text}}{{log_about}}",
     }
     if "traceback" in fields:
         event["log_format"] += "\n{traceback}"

@@ -26,6 +26,7 @@ _SHARES: Final = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 class _Look(NamedTuple):
     """What one daemon had counted at one time."""
 
+    at: float
     done: int
     failed: int
     latency: Counter[int]
@@ -43,7 +44,6 @@ class History:
         self.samples: deque[dict[str, Any]] = deque(maxlen=_KEPT_SAMPLES)
         self._looks: dict[str, _Look] = {}
         self._ended: deque[Counter[int]] = deque(maxlen=_LATENCY_SAMPLES)
-        self._seen_at: float | None = None
 
     def add(
         self, now: float, at: float, statuses: Mapping[str, Mapping[str, Any] | None]
@@ -61,17 +61,16 @@ class History:
             second, ``latency`` (``p50``, ``p95``, ``p99`` in seconds, or None).
         """
         told = {name: status for name, status in statuses.items() if status is not None}
-        done = failed = 0
+        done = failed = 0.0
         ended: Counter[int] = Counter()
         for name, status in told.items():
-            look, before = _look_at(status), self._looks.get(name)
+            look, before = _look_at(now, status), self._looks.get(name)
             self._looks[name] = look
-            if before is not None:
-                done += max(0, look.done - before.done)
-                failed += max(0, look.failed - before.failed)
+            if before is not None and now > before.at:
+                seconds = now - before.at  # longer, if it did not answer in between
+                done += max(0, look.done - before.done) / seconds
+                failed += max(0, look.failed - before.failed) / seconds
                 ended += look.latency - before.latency  # which leaves out what is below zero
-        seconds = now - self._seen_at if self._seen_at is not None else 0.0
-        self._seen_at = now
         self._ended.append(ended)
         sample = {
             "at": round(at, 3),
@@ -83,8 +82,8 @@ class History:
                 )
                 for state in _STATES
             },
-            "done": round(done / seconds, 3) if seconds > 0 else 0.0,
-            "failed": round(failed / seconds, 3) if seconds > 0 else 0.0,
+            "done": round(done, 3),
+            "failed": round(failed, 3),
             "latency": percentiles(sum(self._ended, Counter())),
         }
         if told:
@@ -92,14 +91,15 @@ class History:
         return sample
 
 
-def _look_at(status: Mapping[str, Any]) -> _Look:
+def _look_at(now: float, status: Mapping[str, Any]) -> _Look:
     """Take down what a daemon has counted; its own functions, this look too, are no work."""
     functions = status.get("functions")
     if functions is None:  # an older daemon
         totals = status.get("totals", {})
         workers = status.get("workers", ())
-        return _Look(totals.get("done", 0), totals.get("failed", 0), _latencies(workers))
+        return _Look(now, totals.get("done", 0), totals.get("failed", 0), _latencies(workers))
     return _Look(
+        now,
         sum(function["done"] for function in functions),
         sum(function["failed"] for function in functions),
         _latencies(functions),

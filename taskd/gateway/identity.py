@@ -25,14 +25,17 @@ _PURPOSE: Final = b"taskd dashboard"
 
 def header_of(request: Any, name: str) -> str | None:
     """
-    Give a header's value, or None: it is missing, it stands there twice, or is no text.
+    Give a header's value, or None if it is missing.
+
+    Those that stand there twice are one, as RFC 9110 has it, section 5.3: with a
+    comma, so that two origins or hosts are none that is known.
 
     Args:
         request: A request of twisted.web's.
         name: The header's name.
     """
-    values = request.requestHeaders.getRawHeaders(name) or []
-    return values[0] if len(values) == 1 else None
+    values = request.requestHeaders.getRawHeaders(name)
+    return ", ".join(values) if values else None
 
 
 def token_of(request: Any, cookie: str) -> str:

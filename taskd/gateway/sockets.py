@@ -80,6 +80,10 @@ class _Socket(WebSocketServerProtocol):
         """Take bytes; autobahn's own method first puts together what it would log of them."""
         self._dataReceived(data)
 
+    def onMessageFrame(self, payload: Any) -> None:
+        """Take a frame's parts; autobahn would keep empty ones, too, of which there is no end."""
+        super().onMessageFrame(cast(Any, [part for part in payload if part]))
+
     def onClose(self, was_clean: bool, code: int | None, reason: str | None) -> None:
         """Take it that the connection is gone; nothing comes behind this."""
         if self.has_begun:

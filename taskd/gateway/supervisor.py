@@ -359,7 +359,7 @@ class _Process(ProcessProtocol):
             if childFD == 1 and line == b"ready":
                 self._owner.process_ready(self)
             elif childFD == 1 and line.startswith(b"log {"):
-                globalLogPublisher(from_worker(self.number + 1, self.pid, line[4:]))
+                globalLogPublisher(from_worker(self.number + 1, self.pid, line[4:], "process"))
             elif line.strip():
                 text = line.decode(errors="backslashreplace")
                 self._log.warn(

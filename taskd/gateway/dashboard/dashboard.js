@@ -308,7 +308,7 @@
     const paths = series.map(({ tone, hasArea }) => ({
       area: draw("path", { class: hasArea ? `area tone-${tone}` : "area" }),
       line: draw("path", { class: `line tone-${tone}` }),
-      dot: draw("circle", { class: `dot tone-${tone}`, r: 4 }),
+      dot: draw("circle", { class: `dot tone-${tone}` }),
     }));
     const svg = draw(
       "svg", { role: "img", "aria-labelledby": `${figure.id}-name`, "aria-describedby": text.id },
@@ -323,7 +323,7 @@
     const moment = make("span", { class: "moment" });
     const values = series.map(() => make("b"));
     const legend = series.map(({ tone, word }, i) => make(
-      "li", {}, draw("svg", { class: "swatch", "aria-hidden": "true" }, draw("path", { class: `line tone-${tone}`, d: "M1 4H19" })),
+      "li", {}, draw("svg", { class: "swatch", viewBox: "0 0 20 8", "aria-hidden": "true" }, draw("path", { class: `line tone-${tone}`, d: "M1 4H19" })),
       `${word} `, values[i],
     ));
     figure.append(make("figcaption", {}, make("h3", {}, title), moment), make("ul", { class: "legend" }, ...legend), stage);
@@ -631,7 +631,7 @@
     for (const i of [2, 3]) child.cells[i].classList.toggle("bad", row.share >= BAD_SHARE);
     if (child.known === String(row.errors)) return;
     child.known = String(row.errors);
-    const codes = row.errors.slice(0, 8).flatMap(([code, n], i) => [i ? ", " : "", makeText("span", visible(code, 40), "code"), ` ${count(n)}`]);
+    const codes = row.errors.slice(0, 8).flatMap(([code, n], i) => [i ? ", " : "", makeText("span", visible(code, 40), "code"), `\u00A0${count(n)}`]);
     child.codes.replaceChildren(...(codes.length ? codes : [NONE]), row.errors.length > 8 ? `, and ${row.errors.length - 8} more` : "");
   }
 
@@ -717,7 +717,8 @@
   }
 
   function daemonFacts({ status, error }) {
-    const { version, supervisor = {}, queue = {}, totals = {} } = status || {};
+    const { version } = status || {};
+    const [supervisor, queue, totals] = ["supervisor", "queue", "totals"].map((part) => (status && status[part]) || {});
     const { pid, uptime, reload } = supervisor;
     const restarts = Object.entries(totals.restarts || {}).filter(([, n]) => n > 0);
     return [
