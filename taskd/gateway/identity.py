@@ -28,14 +28,15 @@ def header_of(request: Any, name: str) -> str | None:
     Give a header's value, or None if it is missing.
 
     Those that stand there twice are one, as RFC 9110 has it, section 5.3: with a
-    comma, so that two origins or hosts are none that is known.
+    comma, so that two origins or hosts are none that is known, nor are bytes that
+    are no text.
 
     Args:
         request: A request of twisted.web's.
         name: The header's name.
     """
-    values = request.requestHeaders.getRawHeaders(name)
-    return ", ".join(values) if values else None
+    values = request.requestHeaders.getRawHeaders(name.encode())
+    return b", ".join(values).decode(errors="replace") if values else None
 
 
 def token_of(request: Any, cookie: str) -> str:

@@ -176,6 +176,7 @@ class GatewayRequest(Request):
 
     def _refuse_length(self) -> None:
         self._is_too_long = True
+        self.requestHeaders.removeHeader(b"expect")  # or it would be told to go on
         self.channel.refuse_length()
 
     def render(self, resource: Any) -> None:

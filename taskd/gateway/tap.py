@@ -25,6 +25,7 @@ from taskd.notify import sender_to
 __all__ = ["Options", "makeService"]
 
 _COMMAND: Final = "taskd-gateway"
+_TWISTD_PIDFILE: Final = "twistd.pid"
 _DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(GatewaySettings)}
 
 
@@ -149,6 +150,9 @@ class Options(usage.Options):
             raise usage.UsageError(
                 f"{' and '.join(missing)} must be installed: pip install 'taskd[web]'"
             )
+        if self.parent is not None and self.parent["pidfile"] == _TWISTD_PIDFILE:
+            # The daemon beside it, started in the same directory, has that one.
+            self.parent["pidfile"] = f"{_COMMAND}.pid"
         try:
             self.settings = _settings_from(self)
             Origins(self.settings.origins, needs_one=self.settings.needs_origin)

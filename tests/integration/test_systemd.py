@@ -39,6 +39,8 @@ from tests.integration.manager import Manager, why_not
 
 WATCHDOG_SECONDS: Final = 2.0
 HIGHEST_EXPOSURE: Final = 1.0
+HIGHEST_GATEWAY_EXPOSURE: Final = 1.1
+"""It raises its limit of open files, for which it needs @resources."""
 LOADING_THREADS: Final = 4
 OWN_TASK: Final = "from taskd import task\n@task\ndef own(): pass\n"
 SLOW_TASKS: Final = """
@@ -482,6 +484,17 @@ class UnitTests(SynchronousTestCase):
         self.assertIsNotNone(exposure, told)
         assert exposure is not None
         self.assertLessEqual(float(exposure[1]), HIGHEST_EXPOSURE, told)
+
+    def test_the_gateway(self) -> None:
+        """The gateway's unit is well-formed, and its sandbox nearly as narrow as the daemon's."""
+        unit = temporary_directory(self) / "taskd-gateway.service"
+        text = (UNITS / unit.name).read_text(encoding="utf-8")
+        unit.write_text(text.replace("/opt/taskd/bin/twistd", str(TWISTD)))
+        self.analyze("verify", str(unit))
+        told = self.analyze("security", "--offline=true", str(unit))
+        exposure = re.search(r"Overall exposure level for taskd-gateway\.service: ([\d.]+)", told)
+        assert exposure is not None, told
+        self.assertLessEqual(float(exposure[1]), HIGHEST_GATEWAY_EXPOSURE, told)
 
     def test_the_time_to_stop(self) -> None:
         """The service gives the daemon longer than the daemon gives its tasks."""

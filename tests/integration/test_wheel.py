@@ -13,6 +13,7 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.integration.daemon import CHECKOUT, SAMPLE_TASKS, Daemon, temporary_directory
+from tests.integration.gateway import Gateway
 
 LONGEST_RUN_SECONDS = 300.0
 """Long enough to fetch and install the dependencies over a slow line."""
@@ -53,7 +54,11 @@ class WheelTests(SynchronousTestCase):
         directory = temporary_directory(self)
         wheel = self.build(directory)
         self.check_files(wheel)
-        self.check_in_use(self.install(wheel, directory))
+        programs = self.install(wheel, directory)
+        self.check_in_use(programs)
+        self.check_without_web(programs)
+        run(programs / "pip", "install", "--quiet", f"{wheel}[web]", directory=directory)
+        self.check_gateway(programs)
 
     def build(self, directory: Path) -> Path:
         source = directory / "source"
@@ -69,10 +74,12 @@ class WheelTests(SynchronousTestCase):
     def check_files(self, wheel: Path) -> None:
         names = set(zipfile.ZipFile(wheel).namelist())
         metadata = {name for name in names if ".dist-info/" in name}
-        modules = {f"taskd/{path.name}" for path in (CHECKOUT / "taskd").glob("*.py")}
+        package = CHECKOUT / "taskd"
+        files = [*package.rglob("*.py"), *(package / "gateway" / "dashboard").iterdir()]
         self.assertEqual(
             names - metadata,
-            modules | {"taskd/py.typed", "twisted/plugins/taskd_plugin.py"},
+            {str(path.relative_to(CHECKOUT)) for path in files}
+            | {"taskd/py.typed", "twisted/plugins/taskd_plugin.py"},
         )
         self.assertIn("METADATA", {name.rpartition("/")[2] for name in metadata})
 
@@ -103,4 +110,32 @@ class WheelTests(SynchronousTestCase):
         self.assertEqual(daemon.ask("later", ["é"]), "é")
         where = daemon.ask("taskd_file")
         self.assertTrue(where.startswith(str(programs.parent)), where)
+        daemon.stop()
+
+    def check_without_web(self, programs: Path) -> None:
+        """Without the extra the gateway says in one line what it lacks."""
+        done = subprocess.run(
+            [programs / "twistd", "-n", "taskd-gateway"],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_RUN_SECONDS,
+            check=False,
+        )
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        self.assertIn("pip install 'taskd[web]'", done.stderr)
+
+    def check_gateway(self, programs: Path) -> None:
+        """With it the gateway serves the page and a call."""
+        self.assertIn("taskd-gateway", run(programs / "twistd", "--help", directory=Path("/")))
+        daemon = Daemon(procs=1, twistd=programs / "twistd")
+        self.addCleanup(daemon.stop)
+        daemon.start()
+        gateway = Gateway(daemon, twistd=programs / "twistd")
+        self.addCleanup(gateway.stop)
+        gateway.start()
+        self.assertEqual(gateway.http("GET", "/dashboard.js").status, 200)
+        self.assertEqual(gateway.call("echo", ["é"]).json, {"result": "é"})
+        gateway.stop()
         daemon.stop()
