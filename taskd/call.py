@@ -81,6 +81,8 @@ class Call:
 
     Attributes:
         reply: The line to send, once it has ended; None before.
+        code: What its caller is told, once it has failed; None: it is done, or not over.
+        seconds: How long it ran, once that is known.
         abandon: Takes the call when it has failed, to stop its task where that
             can be done; set by who runs it.
         timer: What ends it when its time is over; set by who runs it.
@@ -95,6 +97,7 @@ class Call:
     __slots__ = (
         "abandon",
         "began",
+        "code",
         "deadline",
         "function",
         "id_json",
@@ -103,6 +106,7 @@ class Call:
         "origin",
         "positional",
         "reply",
+        "seconds",
         "send_progress",
         "terms",
         "timer",
@@ -128,15 +132,26 @@ class Call:
         self.send_progress = send_progress
         self.origin = origin
         self.reply: bytes | None = None
+        self.code: str | None = None
+        self.seconds: float | None = None
         self.abandon: Callable[[Call], None] | None = None
         self.timer: IDelayedCall | None = None
         self.deadline: float | None = None
         self.began: float | None = None
 
-    def end(self, reply: bytes) -> None:
-        """End the call with a reply; without effect if it has ended before."""
+    def end(self, reply: bytes, seconds: float | None = None, code: str | None = None) -> None:
+        """
+        End the call; without effect if it has ended before.
+
+        Args:
+            reply: The line to send.
+            seconds: How long it ran, if that is known.
+            code: What its caller is told if it has failed; None: it is done.
+        """
         if self.reply is None:
             self.reply = reply
+            self.seconds = seconds
+            self.code = code
             if self.timer is not None:
                 self.stop_timer()
             self.on_end(self)
@@ -148,9 +163,20 @@ class Call:
             if level is not None:
                 what = error.message or error.code
                 self._log.emit(level, "{log_text}", log_text=what, code=error.code, **self.about())
-            self.end(encode_error(self.id_json, error))
+            self.end(encode_error(self.id_json, error), None, error.code)
             if self.abandon is not None:
                 self.abandon(self)
+
+    def ran_seconds(self, now: float) -> float | None:
+        """
+        Tell how long its function has run, or None if it was not called, or elsewhere.
+
+        Args:
+            now: CLOCK_MONOTONIC seconds.
+        """
+        if self.seconds is None and self.began is not None:
+            return now - self.began
+        return self.seconds
 
     def about(self) -> dict[str, str]:
         """Give what every line of the log says that is about this call."""

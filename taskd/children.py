@@ -27,9 +27,11 @@ from zope.interface import implementer
 from taskd.credentials import Credentials
 from taskd.dispatcher import Dispatcher, Task
 from taskd.errors import CallError, StartFailed
+from taskd.ledger import Ledger
 from taskd.lines import LongLineReceiver
 from taskd.link import Link, Offer, encode_due
 from taskd.logs import from_worker
+from taskd.process import describe_end
 from taskd.states import Cause
 from taskd.zygote import CONTROL_FD, LISTENING_FD, SCOREBOARD_FD
 
@@ -47,7 +49,6 @@ NOT_FOR_CHILDREN: Final = frozenset(
     }
 )
 """What the environment says to this process alone."""
-
 
 _LONGEST_UNENDED: Final = 8192
 """Bytes of a line without an end, after which it is logged as it is."""
@@ -98,7 +99,8 @@ class Worker(Link):
         is_hung: True once it is to be killed because it does not answer.
         is_killed: True once it is killed because the daemon stops.
         is_gone: True once its link has ended.
-        ran: The task that it ran when it died, or ''; set by the parent.
+        ran: The task that it ran when it died, or ''; set by the parent, as the next.
+        ran_for_others: True if it ran tasks then whose callers others answer.
         is_orphan: True if its zygote is dead, and so this process its parent.
     """
 
@@ -129,6 +131,7 @@ class Worker(Link):
         self.is_gone = False
         self.is_orphan = False
         self.ran = ""
+        self.ran_for_others = False
         self._asked_at = 0.0
         self._parent = parent
 
@@ -179,6 +182,28 @@ class Worker(Link):
     def adopt(self, fd: int, unread: bytes) -> bool:
         """Give it a connection to go on with; tell whether that was possible."""
         return self.give_connection(b"adopt", fd, unread)
+
+    def bury(self, status: int, log: Logger, ledger: Ledger, *, is_worth_a_word: bool) -> None:
+        """
+        Say how it has ended.
+
+        Args:
+            status: Its wait status.
+            log: Takes the words.
+            ledger: Is told if it has died with a task.
+            is_worth_a_word: False: its end is as it should be, unless it has failed.
+        """
+        who = {"worker": self.number, "pid": self.pid}
+        if self.is_retired and not status and self.cause is not None:
+            cause = self.cause.name.lower().replace("_", "-")
+            log.info("worker {worker} (pid {pid}) was replaced: {cause}", cause=cause, **who)
+        elif (status or is_worth_a_word) and not self.is_killed:
+            end = describe_end(status)
+            ran = {"function": self.ran} if self.ran else {}
+            words = "worker {worker} (pid {pid}) {end}" + "; it ran {function}" * len(ran)
+            log.warn(words, end=end, **who, **ran)
+            if self.ran and self.cause is not Cause.TIME_LIMIT:  # else its caller was told that
+                ledger.buried(self.number, self.ran, end, is_counted=self.ran_for_others)
 
     def await_death(self) -> None:
         """Reap it from now on, as its parent."""
@@ -308,8 +333,7 @@ class Zygote(ProcessProtocol):
             CONTROL_FD: theirs.fileno(),
             SCOREBOARD_FD: scoreboard_fd,
         }
-        for n, sock in enumerate(listening):
-            child_fds[LISTENING_FD + n] = sock.fileno()
+        child_fds.update({LISTENING_FD + n: s.fileno() for n, s in enumerate(listening)})
         program = f"import sys; sys.path[:] = {sys.path!r}; from taskd.zygote import main; main()"
         try:
             with open(os.devnull, "rb") as devnull:

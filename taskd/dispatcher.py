@@ -171,12 +171,15 @@ class Dispatcher:
         if peer in self._peers:
             self._peers[peer].is_open = False
 
-    def lost(self, peer: Peer, now: float) -> None:
+    def lost(self, peer: Peer, now: float) -> bool:
         """
         Take note that a worker is dead.
 
         What it ran for others is answered; what it handed over goes on, unless
         its callers, whose connections have died with it, said otherwise.
+
+        Returns:
+            Whether it had tasks of others, who are told and count them.
         """
         standing = self._peers.pop(peer, _Standing())
         for number in standing.running:
@@ -188,6 +191,7 @@ class Dispatcher:
             else:
                 self._forget_origin(task)
         self._dispatch(now)
+        return bool(standing.running)
 
     # What workers say.
 

@@ -29,15 +29,16 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
-from taskd.call import Call, Origin, about, task_failed
+from taskd.call import Call, Origin
 from taskd.deadlines import Deadlines, Timer
-from taskd.errors import InternalError
+from taskd.errors import InternalError, TaskFailed
 from taskd.functions import Function, Kind, reporting_to
 from taskd.lane import HANDOVER_SECONDS, Lane, Look
+from taskd.ledger import Ledger
 from taskd.pool import Pool
 from taskd.slots import Slot
 from taskd.tracing import about_now, running, stack_of
-from taskd.wire import NO_TERMS, encode_error, encode_progress, encode_result
+from taskd.wire import NO_TERMS, encode_progress, encode_result
 
 __all__ = ["Executor", "Loop"]
 
@@ -46,7 +47,6 @@ _LAST_MOMENT_SECONDS: Final = 0.01
 
 _Outcome = tuple[Call, bytes | None, BaseException | None, float]
 """A call that a thread is done with: its reply or its exception, and the time it took."""
-
 
 _JSON_TYPES: Final = frozenset({dict, list, tuple, str, int, float, bool, type(None)})
 
@@ -66,11 +66,12 @@ class Executor:
     Args:
         loop: The reactor, where results come back to.
         slot: Where the worker shows what it does.
+        ledger: Takes what became of calls.
         threads: How many blocking tasks run at a time, from 1.
-        debug: True: callers are told tracebacks.
         clock: Gives CLOCK_MONOTONIC seconds.
 
     Attributes:
+        ledger: As it was given.
         lane: Decides which blocking calls run here.
         pool: Takes the others; None: there are no others.
         is_delivering: True while a batch of calls is being ended.
@@ -88,14 +89,15 @@ class Executor:
         self,
         loop: Loop,
         slot: Slot,
+        ledger: Ledger,
         *,
         threads: int = 1,
-        debug: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loop = loop
         self._slot = slot
-        self._debug = debug
+        self.ledger = ledger
+        self._done = ledger.done
         self._clock = clock
         self._waiting: SimpleQueue[Call | None] = SimpleQueue()
         self._outcomes: deque[_Outcome] = deque()
@@ -130,6 +132,7 @@ class Executor:
         keywords: dict[str, Any],
         id_json: str,
         origin: Origin | None = None,
+        tell: Callable[[str | None, float], None] | None = None,
     ) -> bytes | Deferred[Any]:
         """
         Call a function of the reactor's kind, for a call without a limit and without progress.
@@ -142,6 +145,8 @@ class Executor:
             keywords: Its keyword arguments, bound.
             id_json: The caller's id as JSON, or ''.
             origin: Where the call comes from, for the log.
+            tell: Takes what becomes of it: what its caller is told, or None if it
+                is done, and how long it ran. None: it is counted here.
 
         Returns:
             The reply, or the Deferred of a task that goes on; give that to ``start``.
@@ -153,10 +158,18 @@ class Executor:
             # Deferred is an abstract class of sorts, which makes isinstance slow.
             if type(value) not in _JSON_TYPES and isinstance(value, Deferred):
                 return value
-            reply, failed = encode_result(id_json, value), False
+            reply, code = encode_result(id_json, value), None
         except BaseException as error:  # a task may end in anything, SystemExit too
-            reply, failed = self._explain(function, id_json, origin, error, began), True
-        self._slot.leave(failed, self._clock() - began)
+            reply = self.ledger.explain(function, id_json, origin, error, began)
+            code = TaskFailed.code
+        seconds = self._clock() - began
+        power = self._slot.leave(code is not None, seconds)
+        if tell is not None:
+            tell(code, seconds)
+        elif code is None:
+            self._done(function.label, seconds, power)
+        else:
+            self.ledger.count_failed(function.label, code, seconds)
         return reply
 
     def start(self, call: Call, pending: Deferred[Any] | None = None) -> None:
@@ -299,21 +312,6 @@ class Executor:
             if call.deadline is not None:
                 self._deadlines.keep_callers(call)
 
-    def _explain(
-        self,
-        function: Function,
-        id_json: str,
-        origin: Origin | None,
-        error: BaseException,
-        began: float | None,
-    ) -> bytes:
-        """Log what a task has raised, and make the reply that says so."""
-        more: dict[str, Any] = about(function, id_json, origin)
-        if began is not None:
-            more["seconds"] = self._clock() - began
-        self._log.failure("{function} failed", Failure(error), LogLevel.warn, **more)
-        return encode_error(id_json, task_failed(function.name, error, self._debug))
-
     # On the reactor.
 
     def _start_on_reactor(self, call: Call, began: float) -> None:
@@ -356,21 +354,23 @@ class Executor:
             self._log.failure(words, None, LogLevel.warn, **call.about())
 
     def _settle(self, result: Any, call: Call, began: float) -> None:
-        failed, reply = True, None
+        code, reply = call.code, None
         if call.reply is None:
             try:
                 if isinstance(result, Failure):
                     result.raiseException()
-                reply, failed = encode_result(call.id_json, result), False
+                reply = encode_result(call.id_json, result)
             except BaseException as error:  # a task may end in anything, SystemExit too
-                reply = self._explain(call.function, call.id_json, call.origin, error, began)
+                reply = self.ledger.raised(call, error)
+                code = TaskFailed.code
         self._on_reactor.pop(call, None)
         self._deadlines.forget(call)
-        self._slot.end(failed or call.reply is not None, self._clock() - began)
+        seconds = self._clock() - began
+        self._slot.end(code is not None or call.reply is not None, seconds)
         if call in self._reports:
             self._send_report(call, self._reports.pop(call))
         if reply is not None:
-            call.end(reply)
+            call.end(reply, seconds, code)
         self._rest()
 
     def _rest(self) -> None:
@@ -470,14 +470,13 @@ class Executor:
                     self._deadlines.forget(call)
                     self._stuck.discard(call)
                 finish(error is not None or call.reply is not None, seconds)
+                code = None
                 if error is not None and call.reply is None:
-                    reply = self._explain(
-                        call.function, call.id_json, call.origin, error, call.began
-                    )
+                    reply, code = self.ledger.raised(call, error), TaskFailed.code
                 if reports and call in reports:  # the last one comes before the reply
                     self._send_report(call, reports.pop(call))
                 if reply is not None:
-                    call.end(reply)
+                    call.end(reply, seconds, code)
         finally:
             self.is_delivering = False
             self.on_delivered()

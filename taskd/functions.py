@@ -28,6 +28,7 @@ __all__ = [
     "Kind",
     "Registry",
     "Reporter",
+    "label_of",
     "progress",
     "reporting_to",
     "task",
@@ -144,6 +145,11 @@ def progress(done: float, total: float | None = None, message: str | None = None
         reporter(done, total, message)
 
 
+def label_of(name: str) -> bytes:
+    """Write a function's name as shared memory has it: with NULs behind it."""
+    return name.encode().ljust(_LONGEST_NAME, b"\0")
+
+
 class Function:
     """
     One registered function: how to call it, and what fits it.
@@ -193,7 +199,7 @@ class Function:
         self.kind = kind
         self.timeout = timeout
         self.runs_at_once = kind is Kind.REACTOR and timeout is None
-        self.label = name.encode().ljust(_LONGEST_NAME, b"\0")
+        self.label = label_of(name)
         self._signature = signature.replace(parameters=parameters)
         self.signature = str(self._signature)
         self.doc = inspect.getdoc(call) or ""

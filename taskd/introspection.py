@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from taskd import __version__
-from taskd.functions import Registry
+from taskd.functions import Function, Kind, Registry
 from taskd.scoreboard import Scoreboard
 from taskd.slots import Slot
 from taskd.states import State
@@ -31,6 +31,15 @@ class Introspection:
         self._registry = registry
         self.scoreboard: Scoreboard | None = None
         self.slot: Slot | None = None
+
+    def own_functions(self) -> list[Function]:
+        """Give what callers can call of this."""
+        return [
+            Function("taskd.ping", self.ping, Kind.REACTOR),
+            Function("taskd.functions", self.functions, Kind.REACTOR),
+            Function("taskd.status", self.status, Kind.REACTOR),
+            Function("taskd.failures", self.failures, Kind.REACTOR),
+        ]
 
     def ping(self) -> str:
         """Answer "pong", or "draining" once the daemon has been told to stop."""
@@ -58,3 +67,9 @@ class Introspection:
         self.slot.show_the_rest()  # that somebody asks is no work
         status = self.scoreboard.status(time.monotonic())
         return {"version": __version__, "answered_by": self.slot.number, **status}
+
+    def failures(self, limit: int = 50) -> list[dict[str, Any]]:
+        """List the latest failures, the newest first; as many as are asked for, and kept."""
+        if type(limit) is not int or limit < 0:
+            raise ValueError(f"limit is a whole number from 0, not {limit!r:.40}")
+        return [] if self.scoreboard is None else self.scoreboard.latest_failures(limit)

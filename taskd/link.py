@@ -14,7 +14,7 @@ worker      ``ready``                  it accepts
             ``offer`` TICKET …         a task that it cannot run now
             ``cancel`` TICKET          it does not want that any more
             ``returned`` NUMBER        a task that it was given, not begun
-            ``ended`` NUMBER reply     the reply to one
+            ``ended`` NUMBER END reply the reply to one
             ``progress`` NUMBER line   what one reports
             ``ask``                    it could run one more
             ``replace`` CAUSE          it should not go on for long
@@ -23,7 +23,7 @@ worker      ``ready``                  it accepts
 supervisor  ``run`` NUMBER DUE request a task for it
             ``cancel`` NUMBER          nobody wants that any more
             ``nothing``                the answer to ``ask`` if no task waits
-            ``ended`` TICKET reply     the reply to what it offered
+            ``ended`` TICKET END reply the reply to what it offered
             ``failed`` TICKET JSON     the error that it came to
             ``progress`` TICKET line   what it reports
             ``retire`` JSON            start nothing more; the others go on, by these rules
@@ -32,6 +32,9 @@ supervisor  ``run`` NUMBER DUE request a task for it
             ``beat``                   show that your reactor runs
             ``go``                     the answer to ``leaving``: no task will come
 =========== ========================== ==========================================
+
+END is what the worker that answers the caller counts, and the supervisor does not read:
+the code of the error, and the seconds that it ran; ``-`` where there is none.
 """
 
 from __future__ import annotations

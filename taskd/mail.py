@@ -105,7 +105,8 @@ class Mailer:
         except smtplib.SMTPRecipientsRefused as error:
             # Its own text is a dictionary of bytes.
             each = _readable(error.recipients).items()
-            error.args = ("; ".join(f"{address}: {said}" for address, said in each),)
+            told: Any = "; ".join(f"{address}: {said}" for address, said in each)
+            error.args = (told,)
             raise
         finally:
             server.close()

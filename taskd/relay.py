@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from typing import Final
 
 from twisted.logger import Logger
 
@@ -24,6 +25,9 @@ from taskd.throttle import Throttle
 from taskd.wire import ABSENT, NO_TERMS, decode_request, encode_error, encode_request
 
 __all__ = ["Relay"]
+
+_NOTHING: Final = b"-"
+"""Stands for the code of what is done, and for the seconds of what did not run."""
 
 
 class Relay:
@@ -168,11 +172,15 @@ class Relay:
         return ticket
 
     def _ended(self, rest: bytes) -> None:
-        ticket, _, reply = rest.partition(b" ")
+        ticket, code, seconds, reply = rest.split(b" ", 3)
         call = self._out.get(int(ticket))
         if call is not None:
             self._is_back(call)
-            call.end(reply + b"\n")
+            call.end(
+                reply + b"\n",
+                None if seconds == _NOTHING else float(seconds),
+                None if code == _NOTHING else code.decode(),
+            )
             self._tell_if_quiet()
 
     def _failed(self, rest: bytes) -> None:
@@ -213,13 +221,16 @@ class Relay:
             function = self._functions.find(name)
             positional, keywords = function.bind(args)
         except CallError as error:
-            self._reply(number, encode_error(id_json, error))
+            self._reply(number, error.code, None, encode_error(id_json, error))
             return
         pending = None
         if function.runs_at_once and terms is NO_TERMS:
-            outcome = self._executor.call_now(function, positional, keywords, id_json)
+            became: list[tuple[str | None, float]] = []
+            outcome = self._executor.call_now(
+                function, positional, keywords, id_json, None, lambda *what: became.append(what)
+            )
             if isinstance(outcome, bytes):
-                self._reply(number, outcome)
+                self._reply(number, *became[0], outcome)
                 return
             pending = outcome
 
@@ -239,7 +250,8 @@ class Relay:
 
     def _is_done(self, call: Call) -> None:
         if call.reply is not None:
-            self._reply(self._forget(call), call.reply)
+            seconds = call.ran_seconds(self._clock())
+            self._reply(self._forget(call), call.code, seconds, call.reply)
             self._tell_if_quiet()
 
     def _forget(self, call: Call) -> int:
@@ -247,8 +259,10 @@ class Relay:
         del self._here[number]
         return number
 
-    def _reply(self, number: int, reply: bytes) -> None:
-        self._tell(b"ended %d %s" % (number, reply))
+    def _reply(self, number: int, code: str | None, seconds: float | None, reply: bytes) -> None:
+        told = _NOTHING if code is None else code.encode()
+        ran = _NOTHING if seconds is None else b"%.6f" % seconds
+        self._tell(b"ended %d %s %s %s" % (number, told, ran, reply))
 
     def _cancel(self, rest: bytes) -> None:
         call = self._here.get(int(rest))

@@ -15,7 +15,9 @@ import os
 from collections import Counter
 from typing import Any, Final
 
+from taskd.failures import FAILURES_BYTES, Failures, latest
 from taskd.slots import (
+    BORN,
     CONNECTIONS,
     DONE,
     FAILED,
@@ -30,6 +32,7 @@ from taskd.slots import (
     SupervisorSlot,
 )
 from taskd.states import State
+from taskd.tally import TALLY_BYTES, Tally, functions_of
 
 __all__ = ["SPARE_SLOTS", "Scoreboard"]
 
@@ -37,6 +40,10 @@ SPARE_SLOTS: Final = 3
 """For each worker of a whole pool there are so many slots more."""
 
 _SLOT_BYTES: Final = SLOT_WORDS * WORD
+_PAGE_BYTES: Final = 4096
+_BOOKS_BYTES: Final = -(-(TALLY_BYTES + FAILURES_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
+"""A slot's tally and failures, in pages of their own: what is not touched costs nothing."""
+
 _STATES: Final = ("starting", "idle", "busy", "draining")
 
 
@@ -53,16 +60,20 @@ class Scoreboard:
 
     def __init__(self, fd: int) -> None:
         self._memory = mmap.mmap(fd, 0, mmap.MAP_SHARED)
-        self._bytes = memoryview(self._memory)
+        everything = memoryview(self._memory)
+        count = len(everything) // (_BOOKS_BYTES + _SLOT_BYTES)
+        self.slots = count - 1
+        self._books = everything[: count * _BOOKS_BYTES]
+        self._bytes = everything[count * _BOOKS_BYTES :]
         self._words = self._bytes.cast("Q")
         self._seconds: Any = self._bytes.cast("d")
-        self.slots = len(self._bytes) // _SLOT_BYTES - 1
         # The same word of every slot, to be read at one go.
         self._states = self._words[STATE::SLOT_WORDS]
         self._on_threads = self._words[ON_THREADS::SLOT_WORDS]
         self._open = self._words[CONNECTIONS::SLOT_WORDS]
         self._done = self._words[DONE::SLOT_WORDS]
         self._failed = self._words[FAILED::SLOT_WORDS]
+        self._born = self._seconds[BORN::SLOT_WORDS]
 
     @classmethod
     def create(cls, procs: int) -> int:
@@ -76,7 +87,7 @@ class Scoreboard:
             A file descriptor, which a child can inherit.
         """
         fd = os.memfd_create("taskd-scoreboard")
-        os.ftruncate(fd, (1 + procs * (1 + SPARE_SLOTS)) * _SLOT_BYTES)
+        os.ftruncate(fd, (1 + procs * (1 + SPARE_SLOTS)) * (_BOOKS_BYTES + _SLOT_BYTES))
         return fd
 
     def slot(self, number: int) -> Slot:
@@ -91,6 +102,29 @@ class Scoreboard:
     def supervisor_slot(self) -> SupervisorSlot:
         """Give the supervisor's slot to write on."""
         return SupervisorSlot(0, *self._parts(0, FAILURE))
+
+    def tally(self, number: int) -> Tally:
+        """Give the tally of a slot; 0 is the supervisor's."""
+        first = number * _BOOKS_BYTES
+        return Tally(self._books[first : first + TALLY_BYTES])
+
+    def failures(self, number: int) -> Failures:
+        """Give the recent failures of a slot; 0 is the supervisor's."""
+        first = number * _BOOKS_BYTES + TALLY_BYTES
+        return Failures(self._books[first : first + FAILURES_BYTES])
+
+    def latest_failures(self, limit: int) -> list[dict[str, Any]]:
+        """
+        Give the latest failures that any process has seen, the newest first.
+
+        Args:
+            limit: How many at most, from 0.
+        """
+        return latest(map(self.failures, self._used()), limit)
+
+    def _used(self) -> list[int]:
+        """Give the slots that have ever had a process: the others' pages are left alone."""
+        return [number for number, born in enumerate(self._born.tolist()) if born]
 
     def _parts(self, number: int, text: int) -> tuple[memoryview, Any, memoryview]:
         """Give a slot's words, the same as seconds, and its text, which begins at a word."""
@@ -157,7 +191,7 @@ class Scoreboard:
 
         Returns:
             ``supervisor``, ``queue``, ``workers`` (one object for each that has a
-            process) and ``totals``.
+            process), ``totals`` and ``functions``.
         """
         slots = [self.slot(number) for number in range(1, self.slots + 1)]
         counted = [slot.status(now) for slot in slots]
@@ -176,4 +210,10 @@ class Scoreboard:
         }
         supervisor, queue, restarts = self.supervisor_slot().summary(now)
         totals["restarts"] = restarts
-        return {"supervisor": supervisor, "queue": queue, "workers": workers, "totals": totals}
+        return {
+            "supervisor": supervisor,
+            "queue": queue,
+            "workers": workers,
+            "totals": totals,
+            "functions": functions_of(map(self.tally, self._used())),
+        }

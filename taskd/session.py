@@ -32,6 +32,7 @@ from taskd.errors import (
     Malformed,
     ShuttingDown,
     Unauthorized,
+    UnknownFunction,
 )
 from taskd.functions import Function, Kind, Registry
 from taskd.wire import (
@@ -44,7 +45,7 @@ from taskd.wire import (
     encode_result,
 )
 
-__all__ = ["Peer", "Runner", "Session", "session_functions"]
+__all__ = ["Books", "Peer", "Runner", "Session", "session_functions"]
 
 _HTTP: Final = re.compile(
     rb"[\w!#$%&'*+.^`|~-]+ [^ ]* ?HTTP/\d|[A-Za-z][A-Za-z-]*: |[A-Z]{3,20} (/|\*|http)"
@@ -52,8 +53,20 @@ _HTTP: Final = re.compile(
 _TLS_HANDSHAKE: Final = b"\x16\x03"
 
 
+class Books(Protocol):
+    """Where it is counted what calls come to: a ``Ledger``, seen from here."""
+
+    @property
+    def done(self) -> Callable[[bytes, float], None]: ...  # noqa: D102
+    def failed(self, call: Call, /) -> None: ...  # noqa: D102
+    def refused(self, function: Function, error: CallError, /) -> None: ...  # noqa: D102
+
+
 class Runner(Protocol):
     """What runs the tasks: an ``Executor``, seen from here."""
+
+    @property
+    def ledger(self) -> Books: ...  # noqa: D102
 
     def call_now(  # noqa: D102
         self,
@@ -126,6 +139,8 @@ class Session:
     ) -> None:
         self._find = functions.find
         self._runner = runner
+        self._ledger = runner.ledger
+        self._done = runner.ledger.done
         self._peer = peer
         self._write = peer.write
         self._max_in_flight = max_in_flight
@@ -183,6 +198,8 @@ class Session:
                 self._refuse(error.id_json, error)
             return
         except CallError as error:
+            if (known := self._known(name)) is not None:
+                self._ledger.refused(known, error)
             self._answer_error(id_json, error)
             return
         pending = None
@@ -220,6 +237,13 @@ class Session:
             self._runner.send_on(call)
         else:
             self._runner.start(call, pending)
+
+    def _known(self, name: str) -> Function | None:
+        """Give the function of a name, or None: what is made up by callers is not counted."""
+        try:
+            return self._find(name)
+        except UnknownFunction:
+            return None
 
     def _turn_down(self, name: str, id_json: str) -> None:
         """Answer a call that is not allowed; who is not known yet has had its say."""
@@ -362,6 +386,11 @@ class Session:
 
     def _ended(self, call: Call) -> None:
         self._in_flight.discard(call)
+        # What has run is known where it ran, even if it is not here.
+        if call.code is None:
+            self._done(call.function.label, call.seconds or 0.0)
+        elif call.seconds is not None or self._known(call.function.name) is not None:
+            self._ledger.failed(call)
         if self._is_gone:
             return
         if call.id_json and call.reply is not None:

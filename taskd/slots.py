@@ -14,6 +14,7 @@ from typing import Any, Final
 from taskd.states import Cause, State
 
 __all__ = [
+    "BORN",
     "CALLERS_BYTES",
     "CONNECTIONS",
     "DONE",
@@ -36,7 +37,7 @@ SLOT_WORDS: Final = 96
 # Words of a slot. Times are CLOCK_MONOTONIC, which all processes share.
 _PID: Final = 0
 STATE: Final = 1
-_BORN: Final = 2
+BORN: Final = 2
 _BEGAN: Final = 3
 _ON_REACTOR: Final = 4
 CONNECTIONS: Final = 5
@@ -113,7 +114,7 @@ class Slot:
         self.show_callers("")
         words[_PID] = pid
         words[STATE] = State.STARTING
-        self._seconds[_BORN] = self._seconds[_BEAT] = now
+        self._seconds[BORN] = self._seconds[_BEAT] = now
         self._seconds[_BEGAN] = self._seconds[_DUE] = 0.0
 
     def close(self) -> None:
@@ -174,19 +175,25 @@ class Slot:
             self._name[:] = label
         self._seconds[_BEGAN] = now
 
-    def leave(self, failed: bool, seconds: float) -> None:
+    def leave(self, failed: bool, seconds: float) -> int:
         """
         Count a task that has ended.
 
         Args:
             failed: True if its caller got an error.
             seconds: How long it took.
+
+        Returns:
+            Under which power of two microseconds it is counted.
         """
         words = self._words
         words[FAILED if failed else DONE] += 1
         bucket = int(seconds * 1e6).bit_length()
-        words[_LATENCY + bucket if bucket < _BUCKETS else _SLOWEST] += 1
+        if bucket >= _BUCKETS:
+            bucket = _BUCKETS - 1
+        words[_LATENCY + bucket] += 1
         self.show_the_rest()
+        return bucket
 
     def show_the_rest(self) -> None:
         """Show what runs besides the call that is being answered, or nothing."""
@@ -334,7 +341,7 @@ class Slot:
             "state": self.state_name,
             "task": self.task if began else None,
             "task_seconds": round(now - began, 6) if began else None,
-            "uptime": round(now - self._seconds[_BORN], 3) if state else 0.0,
+            "uptime": round(now - self._seconds[BORN], 3) if state else 0.0,
             "in_flight": words[_ON_REACTOR] + words[ON_THREADS],
             "connections": words[CONNECTIONS],
             "callers": self.callers,
@@ -419,7 +426,7 @@ class SupervisorSlot(Slot):
         oldest, reloaded = seconds[_OLDEST], seconds[_RELOADED]
         supervisor = {
             "pid": words[_PID] or None,
-            "uptime": round(now - seconds[_BORN], 3) if words[STATE] else 0.0,
+            "uptime": round(now - seconds[BORN], 3) if words[STATE] else 0.0,
             "reload": {
                 "seconds_ago": round(now - reloaded, 3),
                 "failure": self.reload_failure or None,

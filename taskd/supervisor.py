@@ -23,12 +23,13 @@ from twisted.logger import Logger
 from taskd.children import Worker, Zygote
 from taskd.dispatcher import Dispatcher
 from taskd.errors import StartFailed
+from taskd.ledger import Ledger
 from taskd.lines import LongLineReceiver
 from taskd.link import adopt_link
 from taskd.notify import Notifier
 from taskd.policy import YOUNG_SECONDS, Births, is_hung
 from taskd.ports import Ports
-from taskd.process import Strays, Title, adopt_orphans, describe_end
+from taskd.process import Strays, Title, adopt_orphans
 from taskd.removals import Removals
 from taskd.scoreboard import Scoreboard
 from taskd.settings import Settings
@@ -132,6 +133,7 @@ class Supervisor(Service):
         self._scoreboard_fd = Scoreboard.create(settings.procs)
         self._scoreboard = Scoreboard(self._scoreboard_fd)
         self._slot: SupervisorSlot = self._scoreboard.supervisor_slot()
+        self._ledger = Ledger(self._scoreboard.tally(0), self._scoreboard.failures(0), 0)
         self._slots = [self._scoreboard.slot(n) for n in range(self._scoreboard.slots + 1)]
         self._slot.open(os.getpid(), self.clock())
         self._slot.ready()
@@ -342,7 +344,7 @@ class Supervisor(Service):
         lived = YOUNG_SECONDS if slot.is_working else worker.lived_seconds(self.clock())
         worker.ran = slot.task if slot.is_working else ""
         slot.close()
-        self.dispatcher.lost(worker, self.clock())
+        worker.ran_for_others = self.dispatcher.lost(worker, self.clock())
         # A process may stay behind its link, so it is killed if it has not gone soon.
         self._reactor.callLater(_KILL_AFTER_LINK_SECONDS, self.kill, worker)
         if self._stopped is not None:
@@ -371,14 +373,7 @@ class Supervisor(Service):
         if not worker.is_gone:
             worker.is_gone = True
             self.worker_gone(worker)
-        who = {"worker": worker.number, "pid": pid}
-        if worker.is_retired and not status and worker.cause is not None:
-            cause = worker.cause.name.lower().replace("_", "-")
-            self._log.info("worker {worker} (pid {pid}) was replaced: {cause}", cause=cause, **who)
-        elif (status or self._stopped is None) and not worker.is_killed:
-            ran = {"function": worker.ran} if worker.ran else {}
-            words = "worker {worker} (pid {pid}) {end}" + "; it ran {function}" * len(ran)
-            self._log.warn(words, end=describe_end(status), **who, **ran)
+        worker.bury(status, self._log, self._ledger, is_worth_a_word=self._stopped is None)
         used = {worker.zygote for worker in self._workers.values()}
         self._zygotes.dismiss_unused(used.union(self._requested.values()))
         self._check_stopped()

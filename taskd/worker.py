@@ -33,6 +33,7 @@ from taskd.errors import WorkerLost
 from taskd.executor import Executor
 from taskd.functions import Function, Kind, Registry
 from taskd.introspection import Introspection
+from taskd.ledger import Ledger
 from taskd.lines import LongLineReceiver, OneConnection
 from taskd.link import Link, Reader, adopt_link
 from taskd.loading import load_tasks
@@ -99,9 +100,7 @@ def prepare(spec: dict[str, Any]) -> Prepared:
     for function in (
         Function("echo", _echo, Kind.REACTOR),
         Function("send_mail", Mailer(settings.smtp).send_mail, Kind.THREAD),
-        Function("taskd.ping", introspection.ping, Kind.REACTOR),
-        Function("taskd.functions", introspection.functions, Kind.REACTOR),
-        Function("taskd.status", introspection.status, Kind.REACTOR),
+        *introspection.own_functions(),
         *session_functions(),
     ):
         registry.add(function)
@@ -247,9 +246,9 @@ class _Worker:
         self._slot = prepared.introspection.slot = scoreboard.slot(number)
         self._slot.open(os.getpid(), time.monotonic())
         self._slot.show_on(title)
-        self._executor = Executor(
-            reactor, self._slot, threads=settings.threads, debug=settings.debug
-        )
+        tally, failures = scoreboard.tally(number), scoreboard.failures(number)
+        ledger = Ledger(tally, failures, number, debug=settings.debug)
+        self._executor = Executor(reactor, self._slot, ledger, threads=settings.threads)
         self._factory = TaskServerFactory(
             reactor,
             prepared.registry,

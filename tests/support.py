@@ -31,6 +31,7 @@ from taskd.call import Call
 from taskd.client import TaskClientProtocol
 from taskd.executor import Executor
 from taskd.functions import Registry, task
+from taskd.ledger import Ledger
 from taskd.scoreboard import Scoreboard
 from taskd.server import TaskProtocol, TaskServerFactory
 from taskd.session import session_functions
@@ -46,9 +47,11 @@ __all__ = [
     "MemoryTransport",
     "ScriptedDaemon",
     "ScriptedEndpoint",
+    "WatchedMemory",
     "counts_of",
     "line_of",
     "log_of",
+    "new_ledger",
     "new_slot",
     "registry_of",
     "temporary_directory",
@@ -96,6 +99,52 @@ def new_slot() -> Slot:
         return Scoreboard(fd).slot(1)
     finally:
         os.close(fd)
+
+
+class WatchedMemory:
+    """
+    Shared memory whose other readers look at it after each byte, or word, that is written.
+
+    Args:
+        memory: What it is.
+        look: Looks.
+    """
+
+    def __init__(self, memory: memoryview, look: Callable[[], object]) -> None:
+        self._memory = memory
+        self._look = look
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self._memory[key]
+        return WatchedMemory(value, self._look) if isinstance(key, slice) else value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        written = self._memory[key]
+        if isinstance(key, slice):
+            for place, byte in enumerate(value):
+                written[place] = byte
+                self._look()
+        else:
+            self._memory[key] = value
+            self._look()
+
+    def __eq__(self, other: object) -> bool:
+        return self._memory == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def cast(self, kind: str) -> Any:
+        return WatchedMemory(self._memory.cast(kind), self._look)  # type: ignore[call-overload]
+
+
+def new_ledger(*, debug: bool = False) -> Ledger:
+    """Give the books of a worker on a scoreboard that nobody reads."""
+    fd = Scoreboard.create(1)
+    try:
+        board = Scoreboard(fd)
+    finally:
+        os.close(fd)
+    return Ledger(board.tally(1), board.failures(1), 1, debug=debug)
 
 
 def counts_of(slot: Slot) -> dict[str, int]:
@@ -262,6 +311,7 @@ class MemoryDaemon:
         threads: How many blocking tasks run at a time.
         debug: True: callers are told tracebacks.
         access: Who may call what; by default everybody everything.
+        ledger: Where it is counted what calls come to; None: where nobody looks.
         settings: Others of the operator's settings.
     """
 
@@ -272,12 +322,17 @@ class MemoryDaemon:
         threads: int = 1,
         debug: bool = False,
         access: Access = ANYBODY,
+        ledger: Ledger | None = None,
         **settings: Any,
     ) -> None:
         self.loop = Loop()
         self.slot = new_slot()
         self.executor = Executor(
-            self.loop, self.slot, threads=threads, debug=debug, clock=self.loop.seconds
+            self.loop,
+            self.slot,
+            ledger or new_ledger(debug=debug),
+            threads=threads,
+            clock=self.loop.seconds,
         )
         self.registry = registry_of(*functions)
         self.factory = TaskServerFactory(

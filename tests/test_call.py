@@ -47,6 +47,21 @@ class CallTests(SynchronousTestCase):
         self.call.end(b"reply\n")
         self.assertEqual(seen, [b"reply\n"])
 
+    def test_how_it_ended(self) -> None:
+        """Who is told of the end finds what its caller is told, and how long it ran."""
+        self.call.end(b"done\n", 0.5)
+        self.call.fail(Cancelled("later"))
+        self.assertEqual((self.call.code, self.call.ran_seconds(9.0)), (None, 0.5))
+
+    def test_how_it_failed(self) -> None:
+        """A call that was not begun has not run; one that fails has run until then."""
+        seen: list[tuple[str | None, float | None]] = []
+        self.call.on_end = lambda call: seen.append((call.code, call.ran_seconds(9.0)))
+        self.call.fail(Cancelled("taken back"))
+        self.call.reply, self.call.began = None, 7.5
+        self.call.fail(TimeLimitExceeded("too long"))
+        self.assertEqual(seen, [("cancelled", None), ("time-limit", 1.5)])
+
     def test_a_failure_carries_the_id(self) -> None:
         """A call that fails ends in its error, under its id."""
         error = Cancelled("taken back")

@@ -19,7 +19,7 @@ from taskd.executor import Executor
 from taskd.functions import Function, Kind, progress
 from taskd.lane import HANDOVER_SECONDS, PATIENCE_SECONDS
 from taskd.wire import NO_TERMS, Terms
-from tests.support import PATIENCE, FakePool, Loop, counts_of, new_slot
+from tests.support import PATIENCE, FakePool, Loop, counts_of, new_ledger, new_slot
 
 _NOTHING = {"in_flight": 0, "done": 0, "failed": 0}
 
@@ -52,7 +52,7 @@ class ExecutorTestCase(SynchronousTestCase):
         self.loop = Loop()
         self.slot = new_slot()
         self.executor = Executor(
-            self.loop, self.slot, threads=self.threads, clock=self.loop.seconds
+            self.loop, self.slot, new_ledger(), threads=self.threads, clock=self.loop.seconds
         )
         self.addCleanup(lambda: self.executor.close())
         self.sent: list[bytes] = []
@@ -1071,7 +1071,9 @@ class CallNowTests(ExecutorTestCase):
 
     def test_tracebacks_are_for_debugging(self) -> None:
         """An executor that debugs tells the caller where the task failed."""
-        self.executor = Executor(self.loop, self.slot, debug=True, clock=self.loop.seconds)
+        self.executor = Executor(
+            self.loop, self.slot, new_ledger(debug=True), clock=self.loop.seconds
+        )
         reply = json.loads(self.call_now(lambda: 1 / 0))
         self.assertIn("ZeroDivisionError", reply["error"]["traceback"])
         self.flushLoggedErrors(ZeroDivisionError)

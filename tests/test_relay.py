@@ -20,7 +20,7 @@ from taskd.link import Offer
 from taskd.relay import Relay
 from taskd.scoreboard import Scoreboard
 from taskd.wire import NO_TERMS, Terms
-from tests.support import Loop, log_of, registry_of
+from tests.support import Loop, log_of, new_ledger, registry_of
 
 
 class SteppedExecutor(Executor):
@@ -62,7 +62,7 @@ class RelayTestCase(SynchronousTestCase):
         self.slot.ready()
         self.loop = Loop()
         self.executor = SteppedExecutor(
-            self.loop, self.slot, threads=self.threads, clock=self.loop.seconds
+            self.loop, self.slot, new_ledger(), threads=self.threads, clock=self.loop.seconds
         )
         self.ran: list[Any] = []
         self.deferred: Deferred[Any] = Deferred()
@@ -203,18 +203,29 @@ class OutTests(RelayTestCase):
     def test_a_reply(self) -> None:
         """The reply that comes back ends the call, as it is; then all is quiet."""
         self.send_on()
-        self.hear(b'ended 1 {"id":1,"result":"a  b"}')
+        self.hear(b'ended 1 - 0.5 {"id":1,"result":"a  b"}')
         self.assertEqual(self.replies, [{"id": 1, "result": "a  b"}])
         self.assertTrue(self.relay.is_quiet)
         self.assertEqual(self.heard, ["quiet"])
+
+    def test_how_it_ended(self) -> None:
+        """With the reply comes what the call is to be counted as, and how long it ran."""
+        for ticket, end, expected in (
+            (1, b"- 0.25", (None, 0.25)),
+            (2, b"task-failed 1.500000", ("task-failed", 1.5)),
+            (3, b"unknown-function -", ("unknown-function", None)),
+        ):
+            call = self.send_on()
+            self.hear(b"ended %d %s {}" % (ticket, end))
+            self.assertEqual((call.code, call.seconds), expected)
 
     def test_it_is_quiet_with_the_last(self) -> None:
         """Only when nothing is out any more all is quiet."""
         self.send_on()
         self.send_on()
-        self.hear(b"ended 2 2")
+        self.hear(b"ended 2 - 0.5 2")
         self.assertEqual((self.heard, self.relay.is_quiet), ([], False))
-        self.hear(b"ended 1 1")
+        self.hear(b"ended 1 - 0.5 1")
         self.assertEqual((self.heard, self.replies), (["quiet"], [2, 1]))
 
     def test_an_error(self) -> None:
@@ -239,11 +250,11 @@ class OutTests(RelayTestCase):
     def test_what_is_over(self) -> None:
         """What comes for a ticket that is no longer out is dropped."""
         self.send_on(terms=Terms(wants_progress=True))
-        self.hear(b"ended 1 1")
+        self.hear(b"ended 1 - 0.5 1")
         self.heard.clear()
-        for message in (b"ended 1 2", b'failed 1 {"code":"internal"}', b"progress 1 x"):
+        for message in (b"ended 1 - 0.5 2", b'failed 1 {"code":"internal"}', b"progress 1 x"):
             self.hear(message)
-        self.hear(b"ended 4711 2")
+        self.hear(b"ended 4711 - 0.5 2")
         self.assertEqual((self.replies, self.reports, self.heard), ([1], [], []))
 
     def test_a_cancel(self) -> None:
@@ -252,7 +263,7 @@ class OutTests(RelayTestCase):
         call.fail(Cancelled("taken back"))
         self.assertEqual(self.replies[0]["error"]["code"], "cancelled")
         self.assertEqual((self.take_told(), self.heard), (b"cancel 1\n", ["quiet"]))
-        self.hear(b"ended 1 1")
+        self.hear(b"ended 1 - 0.5 1")
         self.assertEqual(len(self.replies), 1)
 
     def test_the_callers_time(self) -> None:
@@ -267,7 +278,7 @@ class OutTests(RelayTestCase):
     def test_a_reply_stops_the_callers_time(self) -> None:
         """A call that has come back leaves no timer behind."""
         self.send_on(terms=Terms(timeout=5))
-        self.hear(b"ended 1 1")
+        self.hear(b"ended 1 - 0.5 1")
         self.assertEqual(self.loop.getDelayedCalls(), [])
 
     def test_the_supervisor_is_gone(self) -> None:
@@ -363,33 +374,48 @@ class HereTests(RelayTestCase):
         self.run_here(4, WORK % 7)
         self.assertFalse(self.relay.is_quiet)
         self.finish()
-        self.assertEqual((self.ran, self.take_told()), ([7], b'ended 4 {"id":1,"result":7}\n'))
+        self.assertEqual(
+            (self.ran, self.take_told()), ([7], b'ended 4 - 0.000000 {"id":1,"result":7}\n')
+        )
         self.assertEqual((self.heard, self.relay.is_quiet), (["quiet"], True))
+
+    def test_how_long_it_ran(self) -> None:
+        """With the reply goes how long the task ran."""
+        self.run_here(4, b'{"function":"later","args":[],"id":2}')
+        self.loop.advance(0.5)
+        self.deferred.callback("late")
+        self.assertIn(b"ended 4 - 0.500000 {", self.take_told())
+
+    def test_how_long_it_ran_until_its_limit(self) -> None:
+        """A task that is ended while it runs has run until then."""
+        self.run_here(4, b'{"function":"later","args":[],"id":2,"timeout":5}', b"1003.0")
+        self.loop.advance(3)
+        self.assertIn(b"ended 4 time-limit 3.000000 {", self.take_told())
 
     def test_each_under_its_own_number(self) -> None:
         """Of several tasks that are here each is answered under its own number."""
         self.run_here(4, WORK % 7)
         self.run_here(5, WORK % 8)
         self.finish()
-        self.assertEqual(self.take_told(), b'ended 4 {"id":1,"result":7}\n')
+        self.assertEqual(self.take_told(), b'ended 4 - 0.000000 {"id":1,"result":7}\n')
         self.assertEqual((self.heard, self.relay.is_quiet), ([], False))
         self.finish()
-        self.assertEqual(self.take_told(), b'ended 5 {"id":1,"result":8}\n')
+        self.assertEqual(self.take_told(), b'ended 5 - 0.000000 {"id":1,"result":8}\n')
 
     def test_without_an_id(self) -> None:
         """A task without an id comes to a bare result."""
         self.run_here(4, b'{"function":"work","args":[7]}')
         self.finish()
-        self.assertEqual(self.take_told(), b"ended 4 7\n")
+        self.assertEqual(self.take_told(), b"ended 4 - 0.000000 7\n")
 
     def test_on_the_reactor(self) -> None:
         """A function of the reactor's kind is answered at once, or when its Deferred fires."""
         self.run_here(4, b'{"function":"at_once","args":[7],"id":1}')
-        self.assertEqual(self.take_told(), b'ended 4 {"id":1,"result":7}\n')
+        self.assertEqual(self.take_told(), b'ended 4 - 0.000000 {"id":1,"result":7}\n')
         self.run_here(5, b'{"function":"later","args":[],"id":2}')
         self.assertEqual((self.take_told(), self.relay.is_quiet), (b"", False))
         self.deferred.callback("late")
-        self.assertEqual(self.take_told(), b'ended 5 {"id":2,"result":"late"}\n')
+        self.assertEqual(self.take_told(), b'ended 5 - 0.000000 {"id":2,"result":"late"}\n')
         self.assertTrue(self.relay.is_quiet)
 
     def test_what_cannot_be_called(self) -> None:
@@ -400,7 +426,7 @@ class HereTests(RelayTestCase):
         ):
             self.run_here(4, line)
             head, _, reply = self.take_told().partition(b"{")
-            self.assertEqual(head, b"ended 4 ")
+            self.assertEqual(head, b"ended 4 %s - " % code.encode())
             fields = json.loads(b"{" + reply)
             self.assertEqual((fields["id"], fields["error"]["code"]), (1, code))
         self.assertTrue(self.relay.is_quiet)
@@ -412,11 +438,11 @@ class HereTests(RelayTestCase):
         self.assertEqual(
             self.take_told(),
             b'progress 4 {"id":1,"progress":{"done":1,"total":2,"message":null}}\n'
-            b'ended 4 {"id":1,"result":"reported"}\n',
+            b'ended 4 - 0.000000 {"id":1,"result":"reported"}\n',
         )
         self.run_here(5, b'{"function":"reporting","args":[],"id":1}')
         self.finish()
-        self.assertEqual(self.take_told(), b'ended 5 {"id":1,"result":"reported"}\n')
+        self.assertEqual(self.take_told(), b'ended 5 - 0.000000 {"id":1,"result":"reported"}\n')
 
     def test_a_cancel_before_it_has_begun(self) -> None:
         """A task that nobody wants any more is answered, and never begun."""
@@ -433,7 +459,9 @@ class HereTests(RelayTestCase):
         self.run_here(4, b'{"function":"later","args":[],"id":2}')
         self.hear(b"cancel 4")
         self.assertTrue(self.deferred.called)
-        self.assertIn(b'ended 4 {"id":2,"error":{"code":"cancelled"', self.take_told())
+        self.assertIn(
+            b'ended 4 cancelled 0.000000 {"id":2,"error":{"code":"cancelled"', self.take_told()
+        )
 
     def test_a_cancel_of_what_is_over(self) -> None:
         """A cancel that comes too late changes nothing."""
@@ -451,7 +479,9 @@ class HereTests(RelayTestCase):
         self.loop.advance(1.75)
         self.assertEqual(self.take_told(), b"")
         self.loop.advance(0.25)
-        self.assertIn(b'ended 4 {"id":1,"error":{"code":"time-limit"', self.take_told())
+        self.assertIn(
+            b'ended 4 time-limit - {"id":1,"error":{"code":"time-limit"', self.take_told()
+        )
         self.finish()
         self.assertEqual((self.ran, self.take_told()), ([], b""))
 
@@ -479,7 +509,9 @@ class HereTests(RelayTestCase):
         self.take_told()
         self.run_here(4, WORK % 7)
         self.finish()
-        self.assertEqual((self.ran, self.take_told()), ([0, 7], b'ended 4 {"id":1,"result":7}\n'))
+        self.assertEqual(
+            (self.ran, self.take_told()), ([0, 7], b'ended 4 - 0.000000 {"id":1,"result":7}\n')
+        )
 
     def test_a_retired_worker_gives_all_back(self) -> None:
         """What a worker is given on the way that has retired goes back at once."""
@@ -494,7 +526,7 @@ class HereTests(RelayTestCase):
         self.run_here(4, WORK % 7)
         self.assertEqual((self.take_told(), self.executor.lane.occupied), (b"", 1))
         self.finish()
-        self.assertEqual(self.take_told(), b'ended 4 {"id":1,"result":7}\nask\n')
+        self.assertEqual(self.take_told(), b'ended 4 - 0.000000 {"id":1,"result":7}\nask\n')
 
 
 class ThreadsTests(RelayTestCase):

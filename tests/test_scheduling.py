@@ -45,7 +45,7 @@ from taskd.relay import Relay
 from taskd.scoreboard import Scoreboard
 from taskd.states import Cause
 from taskd.wire import NO_TERMS, Terms, decode, encode_result
-from tests.support import registry_of
+from tests.support import new_ledger, registry_of
 
 _FUNCTION_SECONDS: Final = 0.2
 """The time limit of the function that has one."""
@@ -333,14 +333,14 @@ class Witness(Dispatcher):
         unwanted.is_unwanted = True
         self.queue.pop(unwanted.number, None)
 
-    def lost(self, peer: Peer, now: float) -> None:
+    def lost(self, peer: Peer, now: float) -> bool:
         self._given = {key: given for key, given in self._given.items() if key[0] is not peer}
         for (origin, _), orphan in self._offered.items():
             if origin is peer:
                 orphan.is_orphan = True
                 if orphan.terms.ends_with_caller:
                     self._nobody_wants(orphan)
-        super().lost(peer, now)
+        return super().lost(peer, now)
 
     def sweep(self, now: float) -> None:
         self.declined.clear()
@@ -395,6 +395,7 @@ class Process:
         self.executor = SteppedExecutor(
             self.reactor,
             Shared(self.slot, {"take", "finish", "hand_over"}, pool.interrupt),
+            new_ledger(),
             threads=threads,
             clock=lambda: pool.now,
             begins=self._begins,

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
+from taskd.failures import KEPT
 from taskd.functions import Function, Kind
 from taskd.scoreboard import SPARE_SLOTS, Scoreboard
-from taskd.slots import CALLERS_BYTES, NAME_BYTES, Slot, SupervisorSlot
+from taskd.slots import CALLERS_BYTES, NAME_BYTES, SLOT_WORDS, Slot, SupervisorSlot
 from taskd.states import Cause, State
+from taskd.tally import ROWS
 
 examples = settings(max_examples=100, deadline=None)
 
@@ -38,6 +40,61 @@ class ScoreboardTests(SynchronousTestCase):
         """Give what the status says of one worker."""
         (worker,) = (w for w in self.board.status(now)["workers"] if w["worker"] == number)
         return worker
+
+    def test_functions(self) -> None:
+        """The status sums up what became of calls, those of slots without a process included."""
+        for number in (0, 2, 12):
+            slot = self.board.slot(number)
+            slot.open(4711, 1.0)
+            self.board.tally(number).done(label("add"), 0.25)
+            slot.close()
+        self.board.tally(12).failed(label("echo"), "cancelled", None)
+        add, echo = Scoreboard(self.fd).status(2.0)["functions"]
+        self.assertEqual((add["name"], add["done"], add["seconds"]), ("add", 3, 0.75))
+        self.assertEqual((echo["name"], echo["errors"]), ("echo", {"cancelled": 1}))
+
+    def test_failures(self) -> None:
+        """The latest failures of all slots are listed, those without a process included."""
+        for number in (0, 2, 12):
+            slot = self.board.slot(number)
+            slot.open(4711, 1.0)
+            self.board.failures(number).note(100.0 + number, number, "add", "internal", None, "no")
+            slot.close()
+        told = Scoreboard(self.fd).latest_failures(2)
+        self.assertEqual([(f["at"], f["worker"]) for f in told], [(112.0, 12), (102.0, 2)])
+
+    def test_books_are_apart(self) -> None:
+        """What one slot counts and keeps, however much, touches no other, nor what it shows."""
+        for number in (1, 2, 3):
+            self.board.slot(number).open(number, 1.0)
+        before = self.board.status(9.0)
+        for number in range(ROWS + 1):
+            self.board.tally(2).failed(label(f"f{number}"), "internal", 1e9)
+        for _ in range(2 * KEPT):
+            self.board.failures(2).note(1.0, 2, "x" * NAME_BYTES, "internal", None, "m" * 1000)
+        after = self.board.status(9.0)
+        self.assertEqual({**after, "functions": []}, before)
+        for number in (0, 1, 3):
+            self.assertEqual(list(self.board.tally(number).rows()), [])
+            self.assertEqual(self.board.failures(number).read(), [])
+        self.assertEqual(len(self.board.failures(2).read()), KEPT)
+        rows = list(self.board.tally(2).rows())
+        self.assertEqual([seconds for _, _, seconds in rows], [1e9] * (ROWS + 1))
+
+    def test_memory(self) -> None:
+        """What belongs to a slot that has had no process is not touched, whoever reads."""
+        page = 4096
+        for number in range(1 + self.board.slots):
+            self.board.tally(number)
+            self.board.failures(number)
+        self.board.status(2.0)
+        self.board.latest_failures(50)
+        shown = os.fstat(self.fd).st_blocks * 512
+        self.assertLessEqual(shown, (2 + (1 + self.board.slots) * SLOT_WORDS * 8 // page) * page)
+        self.board.slot(2).open(4711, 1.0)
+        self.board.tally(2).done(label("add"), 0.25)
+        self.board.status(2.0)
+        self.assertLessEqual(os.fstat(self.fd).st_blocks * 512 - shown, page)
 
     def test_fresh(self) -> None:
         """A fresh scoreboard shows no worker and counts nothing, whatever number it has."""

@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from taskd.access import Grant
 from taskd.call import Call, Origin
-from taskd.errors import Cancelled, Overloaded, TaskFailed, WorkerLost
+from taskd.errors import CallError, Cancelled, Overloaded, TaskFailed, WorkerLost
 from taskd.functions import Function, Kind, task
 from taskd.session import Session
 from taskd.wire import NO_TERMS, Terms, encode_progress, encode_result
@@ -38,10 +38,32 @@ def limited(label: str) -> None:
     """Stand for a task that has a time limit of its own."""
 
 
+class NotedBooks:
+    """
+    Takes what calls come to, and counts nothing.
+
+    Attributes:
+        noted: The function and what became of it, of each call.
+    """
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[str, str]] = []
+
+    def done(self, label: bytes, seconds: float) -> None:
+        self.noted.append((label.rstrip(b"\0").decode(), "done"))
+
+    def failed(self, call: Call) -> None:
+        self.noted.append((call.function.name, str(call.code)))
+
+    def refused(self, function: Function, error: CallError) -> None:
+        self.noted.append((function.name, error.code))
+
+
 class HeldRunner:
     """Answers what is quick, and holds every other call until the test ends it."""
 
     def __init__(self) -> None:
+        self.ledger = NotedBooks()
         self.held: dict[str, Call] = {}
         self.sent_on: list[Call] = []
         self.abandoned: list[str] = []
@@ -67,7 +89,7 @@ class HeldRunner:
     def finish(self, label: str) -> None:
         """End a call with its label as the result."""
         call = self.held[label]
-        call.end(encode_result(call.id_json, label))
+        call.end(encode_result(call.id_json, label), 0.5)
 
 
 class Conversation:
@@ -215,6 +237,30 @@ class OrderTests(SessionTestCase):
         self.runner.finish("b")
         self.runner.finish("a")
         self.assertEqual(self.peer.gist, [(1, "b"), (1, "a")])
+
+
+class BooksTests(SessionTestCase):
+    def test_what_is_counted(self) -> None:
+        """Each call of a known function is taken note of once, as its caller is told."""
+        self.ask("later", "a", id=1)
+        self.ask("later", "b", id=2)
+        self.ask("later", id=3)
+        self.ask("nothing", id=4)
+        self.runner.finish("a")
+        self.runner.finish("a")
+        self.runner.held["b"].fail(Cancelled("taken back"))
+        self.runner.finish("b")
+        self.assertEqual(
+            self.runner.ledger.noted,
+            [("later", "bad-arguments"), ("later", "done"), ("later", "cancelled")],
+        )
+
+    def test_nobody_listens(self) -> None:
+        """What has ended when its caller has gone is taken note of all the same."""
+        self.ask("later", "a", id=1)
+        self.session.lost()
+        self.runner.finish("a")
+        self.assertEqual(self.runner.ledger.noted, [("later", "done")])
 
 
 class LineTests(SessionTestCase):

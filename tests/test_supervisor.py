@@ -381,6 +381,16 @@ class SupervisorTestCase(SynchronousTestCase):
         return self.machine.zygotes[0].scoreboard.status(self.machine.seconds())
 
     @property
+    def errors(self) -> dict[str, dict[str, int]]:
+        """What is counted of calls that have failed, by function."""
+        return {function["name"]: function["errors"] for function in self.status["functions"]}
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """What is kept of failures."""
+        return self.machine.zygotes[0].scoreboard.latest_failures(50)
+
+    @property
     def restarts(self) -> dict[str, int]:
         """How many workers were replaced, by the causes that there were."""
         counted = self.status["totals"]["restarts"]
@@ -503,6 +513,38 @@ class WorkerTests(SupervisorTestCase):
         worker.slot.take(LABEL, 1.0)
         worker.die()
         self.assertEqual(zygote.orders, [{"fork": [1]}])
+
+    def test_its_death_is_in_the_books(self) -> None:
+        """A worker that dies with a task of its own is counted and kept; an idle one is not."""
+        _, (first, second) = self.start_whole()
+        first.slot.take(LABEL, 1.0)
+        first.die()
+        second.die()
+        self.assertEqual(self.errors, {"report": {"worker-lost": 1}})
+        (failure,) = self.failures
+        self.assertEqual(
+            (failure["function"], failure["code"], failure["worker"]), ("report", "worker-lost", 1)
+        )
+        self.assertIn("worker 1 was killed by SIGKILL", failure["message"])
+
+    def test_its_death_with_anothers_task(self) -> None:
+        """A task that others wait for is counted by them; the death is kept all the same."""
+        _, (first, second) = self.start_whole()
+        second.offer(7)
+        first.slot.take(LABEL, 1.0)
+        first.die()
+        self.assertEqual(second.orders[0].split(b" ")[0], b"failed")
+        self.assertEqual(self.errors, {})
+        self.assertEqual([f["worker"] for f in self.failures], [1])
+
+    def test_its_end_after_a_time_limit(self) -> None:
+        """A worker that is rid of a task that was given up has lost nobody's: that was told."""
+        _, (first, second) = self.start_whole()
+        second.slot.take(LABEL, 1.0)
+        second.say(b"replace TIME_LIMIT")
+        second.die()
+        self.assertEqual((self.errors, self.failures), ({}, []))
+        self.assertTrue(first.slot.state)
 
     def test_one_that_dies_by_a_signal_without_a_name(self) -> None:
         """A worker that is killed by a real-time signal is replaced like any other."""

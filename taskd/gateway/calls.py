@@ -17,7 +17,14 @@ from twisted.web.server import NOT_DONE_YET
 
 from taskd.access import Grant
 from taskd.door import Door, Visitor
-from taskd.errors import CallError, Malformed, Overloaded, ShuttingDown, Unauthorized
+from taskd.errors import (
+    CallError,
+    Malformed,
+    Overloaded,
+    ShuttingDown,
+    TaskdError,
+    Unauthorized,
+)
 from taskd.gateway.backend import Backend
 from taskd.gateway.figures import Figures
 from taskd.gateway.identity import header_of, token_of
@@ -160,7 +167,7 @@ class CallPage(Resource):
             if is_there:
                 self._answer(request, outcome)
             elif isinstance(outcome, Failure):
-                outcome.trap(CallError, CancelledError)
+                outcome.trap(TaskdError, CancelledError)
             if self.is_quiet:
                 self.on_quiet()
 

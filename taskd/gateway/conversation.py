@@ -143,7 +143,7 @@ class Conversation:
             self._unread.append(message)
             return
         wait = self._rate.wait(self._clock())
-        if not message and not wait:
+        if not message and not self._rate.is_out_of_patience():
             return
         self._figures.add("messages")
         id_json = ABSENT
@@ -226,6 +226,8 @@ class Conversation:
         self._finish(call, encode_result(call.id_json, result))
 
     def _failed(self, failure: Failure, call: _Call) -> None:
+        if call not in self._in_flight:  # its caller has gone, and may have it cancelled by that
+            return
         if call.is_cancelled:
             error: CallError = Cancelled(f"{call.name} was cancelled by its caller")
         else:
@@ -276,11 +278,12 @@ class Conversation:
     def _cancel(self, id_json: str, wanted: Any) -> None:
         wanted_json = encode(wanted)
         found = [call for call in self._in_flight if call.id_json == wanted_json]
+        # First, since with the last call in flight the conversation may be over.
+        self._emit(id_json, encode_result(id_json, bool(found)))
         for call in found:
             call.is_cancelled = True
             if call.task is not None:
                 call.task.cancel()
-        self._emit(id_json, encode_result(id_json, bool(found)))
 
     def _authenticate(self, id_json: str, token: Any) -> None:
         if not isinstance(token, str):
@@ -301,6 +304,7 @@ class Conversation:
             self._emit(id_json, encode_result(id_json, grant.identity or None))
             for message in unread or ():
                 self.receive(message)
+            self._hang_up_if_done()
 
         self._peer.identify(token, done)
 
@@ -327,6 +331,8 @@ class Conversation:
 
     def _hang_up_if_done(self) -> None:
         if not (self._is_ending or self._is_draining) or self._in_flight:
+            return
+        if self._unread is not None:  # who it is will be answered
             return
         if not (self._is_gone or self._has_hung_up):
             self._is_ending = self._has_hung_up = True

@@ -72,7 +72,7 @@ class GatewaySupervisor(Service):
         self._say = say
         self._set_signal = set_signal
         self._socket: socket.socket | None = None
-        self._processes: set[_Process] = set()
+        self._processes: list[_Process] = []  # the oldest first
         self._births = [Births() for _ in range(settings.procs)]
         self._is_ready = False
         self._stopped: Deferred[None] | None = None
@@ -174,12 +174,12 @@ class GatewaySupervisor(Service):
         }
         process = _Process(self, self._reactor, number, row, told)
         process.spawn(self._figures_fd, self._socket.fileno())
-        self._processes.add(process)
+        self._processes.append(process)
 
     def process_ready(self, process: _Process) -> None:
-        """Let those go whose place a process takes, since it serves."""
-        for other in self._processes:
-            if other.number == process.number and other is not process:
+        """Let those go whose place a process takes, since it serves: the older ones."""
+        for other in self._processes[: self._processes.index(process)]:
+            if other.number == process.number:
                 other.drain()
         if not self._is_ready and self._socket is not None:
             self._is_ready = True
@@ -193,12 +193,12 @@ class GatewaySupervisor(Service):
 
     def process_gone(self, process: _Process, status: int) -> None:
         """Replace a process that has died; what was meant to go has gone."""
-        self._processes.discard(process)
+        self._processes.remove(process)
         self._figures.clear(process.row)
         if self._stopped is not None:
             self._check_stopped()
             return
-        if process.is_draining or any(p.number == process.number for p in self._processes):
+        if process.is_draining or self._has_one(process.number):
             return
         lived = self._reactor.seconds() - process.born
         delay = self._births[process.number].died(lived)
@@ -211,8 +211,12 @@ class GatewaySupervisor(Service):
         )
         self._reactor.callLater(delay, self._respawn, process.number)
 
+    def _has_one(self, number: int) -> bool:
+        """Tell whether a place is taken by one that is to stay."""
+        return any(p.number == number and not p.is_draining for p in self._processes)
+
     def _respawn(self, number: int) -> None:
-        if self._stopped is not None or any(p.number == number for p in self._processes):
+        if self._stopped is not None or self._has_one(number):
             return
         try:
             self._spawn(number)

@@ -19,7 +19,9 @@ from taskd.gateway.history import History
 __all__ = ["Node", "Watch"]
 
 _INTERVAL_SECONDS: Final = 1.0
-_ANSWER_SECONDS: Final = 5.0
+_ANSWER_SECONDS: Final = 6.0
+"""More than a client waits for a connection (``process``), which would be told as slowness."""
+
 _FAILURES: Final = 50
 
 
