@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
 
-__all__ = ["ALWAYS_ALLOWED", "AUTH", "Access", "Grant", "digest_of"]
+__all__ = ["ALWAYS_ALLOWED", "AUTH", "CANCEL", "Access", "Grant", "digest_of"]
 
 AUTH: Final = "taskd.auth"
 """The one function that a caller may call before it is known."""
 
-ALWAYS_ALLOWED: Final = frozenset({AUTH, "taskd.cancel", "taskd.ping"})
+CANCEL: Final = "taskd.cancel"
+"""The function that takes back a call of the same connection."""
+
+ALWAYS_ALLOWED: Final = frozenset({AUTH, CANCEL, "taskd.ping"})
 """What everybody who is known may call: it concerns their own connection alone."""
 
 _LONGEST_KNOWN_NAME: Final = 128

@@ -21,7 +21,7 @@ from taskd.slots import CALLERS_BYTES
 from taskd.throttle import Penalties, Throttle
 from taskd.tls import reason_of
 
-__all__ = ["Door", "Shown", "Visitor"]
+__all__ = ["Door", "Shown", "Visitor", "host_of"]
 
 _LONGEST_SHOWN_NAME: Final = 64
 _REST: Final = "…"
@@ -153,14 +153,7 @@ class Visitor:
 
     @property
     def _host(self) -> str:
-        """Name its machine; of IPv6 the part that is one customer's, not one machine's."""
-        host = getattr(self._address, "host", None)
-        if host is None:
-            return "a Unix socket"
-        address = ip_address(host)
-        if address.version == 4:
-            return str(address)
-        return str(address.ipv4_mapped or ip_network((int(address), 64), strict=False))
+        return host_of(self._address)
 
     def __str__(self) -> str:
         """Name it for the log."""
@@ -249,3 +242,19 @@ class Visitor:
     def _say(self, kind: str, what: str) -> None:
         key = (kind, what, self._host)
         self._door.say(key, "{connection}: {reason}", reason=what, **self.about())
+
+
+def host_of(address: Any) -> str:
+    """
+    Name a peer's machine; of IPv6 the part that is one customer's, not one machine's.
+
+    Args:
+        address: As Twisted gives it, or None.
+    """
+    host = getattr(address, "host", None)
+    if host is None:
+        return "a Unix socket"
+    numeric = ip_address(host)
+    if numeric.version == 4:
+        return str(numeric)
+    return str(numeric.ipv4_mapped or ip_network((int(numeric), 64), strict=False))

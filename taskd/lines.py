@@ -81,7 +81,9 @@ def write_at_once(transport: Any, data: bytes) -> None:
     """
     if isinstance(transport, tcp.Connection) and transport.connected:
         waits: Any = transport
-        if not (waits._tempDataBuffer or waits.dataBuffer or transport.disconnecting):
+        # After startTLS it is the same object still, and its socket no place for plain text.
+        is_secure = getattr(transport, "TLS", False)
+        if not (waits._tempDataBuffer or waits.dataBuffer or waits.disconnecting or is_secure):
             with contextlib.suppress(OSError):
                 data = data[waits.socket.send(data) :]
     if data:

@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 
 from twisted.internet.defer import Deferred
 
-from taskd.access import AUTH, Grant
+from taskd.access import AUTH, CANCEL, Grant
 from taskd.call import Call, Origin
 from taskd.errors import (
     BadArguments,
@@ -470,13 +470,12 @@ def _other_protocol(line: bytes) -> str:
     return "TLS" if line.startswith(_TLS_HANDSHAKE) else ""
 
 
-_CANCEL: Final = "taskd.cancel"
-_ANSWERED_TO_THE_END: Final = frozenset({_CANCEL, AUTH, "taskd.ping"})
+_ANSWERED_TO_THE_END: Final = frozenset({CANCEL, AUTH, "taskd.ping"})
 
 
 def session_functions() -> list[Function]:
     """Give the daemon's functions that concern the connection they come over."""
     return [
-        Function(_CANCEL, Session.cancel, Kind.SESSION, skip=2),
+        Function(CANCEL, Session.cancel, Kind.SESSION, skip=2),
         Function(AUTH, Session.auth, Kind.SESSION, skip=2),
     ]

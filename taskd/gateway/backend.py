@@ -12,20 +12,68 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from taskd.client import TaskClient
 from taskd.errand import stop
-from taskd.errors import CallError, ClientError, ConnectionLost, InternalError, WorkerLost
+from taskd.errors import (
+    CallError,
+    ClientError,
+    ConnectionLost,
+    InternalError,
+    Overloaded,
+    WorkerLost,
+)
+from taskd.gateway.figures import Figures
 from taskd.throttle import Throttle
+from taskd.wire import Args
 
 __all__ = ["Backend", "Tenant"]
 
 _LINGER_SECONDS: Final = 60.0
 """So long connections are kept of a token that nobody shows any more."""
+
+_MOST_BYTES: Final = 64 * 2**20
+"""So many bytes of requests may be on their way to the daemons, or wait for them."""
+
+_TRY_AGAIN_SECONDS: Final = 1.0
+
+
+class _Load:
+    """
+    Bounds the calls of one process that no daemon has answered yet.
+
+    A browser's own bound is not enough: it may leave its calls behind and come again.
+
+    Args:
+        max_calls: How many there may be.
+        figures: Where they are counted.
+    """
+
+    def __init__(self, max_calls: int, figures: Figures) -> None:
+        self._max_calls = max_calls
+        self._figures = figures
+        self._calls = self._bytes = 0
+
+    def take(self, size: int) -> bool:
+        """Count a call of so many bytes, if there is room for it."""
+        if self._calls >= self._max_calls or self._bytes + size > _MOST_BYTES:
+            self._figures.add("refused_room")
+            return False
+        self._calls += 1
+        self._bytes += size
+        self._figures.add("outstanding")
+        return True
+
+    def give_back(self, outcome: Any, size: int) -> Any:
+        """Take it that a call is over, and pass on what it has come to."""
+        self._calls -= 1
+        self._bytes -= size
+        self._figures.add("outstanding", -1)
+        return outcome
 
 
 class Tenant:
@@ -36,14 +84,38 @@ class Tenant:
 
     Args:
         client: The connections.
+        load: Where its calls are counted.
         left: Called when one who has come has gone.
     """
 
-    def __init__(self, client: TaskClient, left: Callable[[Tenant], None]) -> None:
+    def __init__(self, client: TaskClient, load: _Load, left: Callable[[Tenant], None]) -> None:
         self.client = client
         self.visitors = 0
         self.linger: IDelayedCall | None = None
+        self._load = load
         self._left = left
+
+    def call(self, function: str, args: Args, size: int, **terms: Any) -> Deferred[Any]:
+        """
+        Ask for a task.
+
+        Args:
+            function: As for ``TaskClient.call_with``.
+            args: The same.
+            size: How many bytes the request has.
+            terms: The rest of it.
+
+        Returns:
+            Fires with what ``TaskClient.call_with`` fires with.
+
+        Raises:
+            Overloaded: Too much is in flight already.
+        """
+        if not self._load.take(size):
+            error = Overloaded("too many calls are in flight", retry_after=_TRY_AGAIN_SECONDS)
+            return fail(error)
+        called = self.client.call_with(function, args, **terms)
+        return called.addBoth(self._load.give_back, size)
 
     def leave(self) -> None:
         """Take it that one of those who have come has gone."""
@@ -60,6 +132,8 @@ class Backend:
         connect: Makes a client that shows a token, or none where that is None.
         own_token: The gateway's own token, or None.
         passes_on: False: callers' tokens stay here.
+        max_calls: How many calls may be in flight, whoever waits for them.
+        figures: Where they are counted.
     """
 
     _log = Logger(namespace="taskd.gateway")
@@ -71,12 +145,15 @@ class Backend:
         own_token: str | None,
         *,
         passes_on: bool,
+        max_calls: int,
+        figures: Figures,
     ) -> None:
         self._reactor = reactor
         self._connect = connect
         self._own_token = own_token
         self._passes_on = passes_on
         self._tenants: dict[str, Tenant] = {}
+        self._load = _Load(max_calls, figures)
         self._throttle = Throttle()
 
     def tenant(self, token: str = "") -> Tenant:
@@ -90,7 +167,7 @@ class Backend:
         tenant = self._tenants.get(key)
         if tenant is None:
             client = self._connect(key or self._own_token)
-            tenant = self._tenants[key] = Tenant(client, partial(self._left, key))
+            tenant = self._tenants[key] = Tenant(client, self._load, partial(self._left, key))
         stop(tenant.linger)
         tenant.visitors += 1
         return tenant
@@ -103,18 +180,6 @@ class Backend:
         if self._tenants.get(key) is tenant:
             del self._tenants[key]
             tenant.client.close()
-
-    def close(self) -> Deferred[Any]:
-        """
-        Wait for the calls in flight, then close all connections.
-
-        Returns:
-            Fires once everything is closed.
-        """
-        tenants, self._tenants = self._tenants, {}
-        for tenant in tenants.values():
-            stop(tenant.linger)
-        return gatherResults([tenant.client.close() for tenant in tenants.values()])
 
     def error_of(self, failure: Failure) -> CallError:
         """

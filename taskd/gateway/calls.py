@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred, succeed
 from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
-from taskd.access import Grant
+from taskd.access import AUTH, CANCEL, Grant
 from taskd.door import Door, Visitor
 from taskd.errors import (
     CallError,
     Malformed,
-    Overloaded,
     ShuttingDown,
     TaskdError,
     Unauthorized,
+    UnknownFunction,
 )
 from taskd.gateway.backend import Backend
 from taskd.gateway.figures import Figures
@@ -33,6 +33,8 @@ from taskd.gateway.site import NOT_KNOWN, Refusal, answer, refuse
 from taskd.wire import Args, decode
 
 __all__ = ["CallPage", "Identities"]
+
+_OF_A_CONNECTION: Final = frozenset({AUTH, CANCEL})
 
 
 class Identities:
@@ -82,10 +84,11 @@ class Identities:
 
 
 class _Order(NamedTuple):
-    """What a call over HTTP asks for."""
+    """What a call over HTTP asks for, in so many bytes."""
 
     function: str
     args: Args
+    size: int
     timeout: float | None
     ends_with_caller: bool
 
@@ -99,7 +102,6 @@ class CallPage(Resource):
         origins: Whose pages may.
         backend: Where the calls go.
         figures: Where they are counted.
-        max_calls: How many may be in flight.
     """
 
     isLeaf = True
@@ -110,14 +112,12 @@ class CallPage(Resource):
         origins: Origins,
         backend: Backend,
         figures: Figures,
-        max_calls: int,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._identities = identities
         self._origins = origins
         self._backend = backend
         self._figures = figures
-        self._max_calls = max_calls
         self._in_flight = 0
         self._is_closed = False
         self.on_quiet: Callable[[], None] = lambda: None
@@ -149,9 +149,6 @@ class CallPage(Resource):
             order = _order_of(request)
             if self._is_closed:
                 raise ShuttingDown("the gateway is stopping; the task was not started")
-            if self._in_flight >= self._max_calls:
-                self._figures.add("refused_room")
-                raise Overloaded("too many calls are in flight", retry_after=1.0)
         except CallError as error:
             self._figures.add("failed")
             return refuse(request, error)
@@ -159,17 +156,20 @@ class CallPage(Resource):
         self._figures.add("in_flight")
         is_there = [True]
         gone = request.notifyFinish()
-        called = self._identities.look(request).addCallback(self._call, request, order)
+        called = maybeDeferred(self._identities.look, request)
+        called.addCallback(self._call, request, order)
 
         def finish(outcome: Any) -> None:
             self._in_flight -= 1
             self._figures.add("in_flight", -1)
-            if is_there:
-                self._answer(request, outcome)
-            elif isinstance(outcome, Failure):
-                outcome.trap(TaskdError, CancelledError)
-            if self.is_quiet:
-                self.on_quiet()
+            try:
+                if is_there:
+                    self._answer(request, outcome)
+                elif isinstance(outcome, Failure):
+                    outcome.trap(TaskdError, CancelledError)
+            finally:
+                if self.is_quiet:
+                    self.on_quiet()
 
         def end(_: Failure) -> None:
             is_there.clear()
@@ -194,9 +194,10 @@ class CallPage(Resource):
             who = grant.identity or "who shows no token"
             raise Unauthorized(f"{who} may not call {order.function!a:.140}; --allow says so")
         tenant = self._backend.tenant(token)
-        called = tenant.client.call_with(
+        called = tenant.call(
             order.function,
             order.args,
+            order.size,
             timeout=order.timeout,
             cancel_on_disconnect=order.ends_with_caller,
         )
@@ -223,6 +224,7 @@ def _order_of(request: Any) -> _Order:
 
     Raises:
         Malformed: It is none.
+        UnknownFunction: It can be called over a WebSocket only.
     """
     function = b"/".join(request.postpath).decode("utf-8", "replace")
     if not function:
@@ -238,13 +240,17 @@ def _order_of(request: Any) -> _Order:
             raise Malformed(
                 "a query has timeout (seconds) and cancel_on_disconnect (true or false), once"
             )
+    if function in _OF_A_CONNECTION:
+        # Many callers share the connections to the daemon, and must not speak for it.
+        raise UnknownFunction(f"{function} concerns a WebSocket; there is none here")
     body = request.content.read().strip() or b"{}"
+    size = len(body)
     if body.startswith(b"{"):
-        return _Order(function, decode(body), timeout, ends_with_caller)
+        return _Order(function, decode(body), size, timeout, ends_with_caller)
     wrapped = decode(b'{"args":%b}' % body)
     if wrapped.keys() != {"args"} or type(wrapped["args"]) is not list:
         raise Malformed("the body is an object of named arguments, or an array of arguments")
-    return _Order(function, wrapped["args"], timeout, ends_with_caller)
+    return _Order(function, wrapped["args"], size, timeout, ends_with_caller)
 
 
 def _seconds_of(text: str) -> float:

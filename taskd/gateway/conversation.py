@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from taskd.access import AUTH, Grant
+from taskd.access import AUTH, CANCEL, Grant
 from taskd.errors import (
     BadArguments,
     CallError,
@@ -51,7 +51,6 @@ RESTART: Final = 1012
 UNAUTHORIZED: Final = 4401
 """Codes that a WebSocket is closed with (RFC 6455, section 7.4; 4000 and above are ours)."""
 
-_CANCEL: Final = "taskd.cancel"
 _TRY_AGAIN_SECONDS: Final = 0.5
 
 
@@ -143,7 +142,9 @@ class Conversation:
             self._unread.append(message)
             return
         wait = self._rate.wait(self._clock())
-        if not message and not self._rate.is_out_of_patience():
+        if not message:
+            if self._rate.is_out_of_patience():
+                self._refuse_haste(ABSENT, wait)
             return
         self._figures.add("messages")
         id_json = ABSENT
@@ -153,12 +154,12 @@ class Conversation:
                 self._refuse_haste(id_json, wait)
             elif not self._is_allowed(name):
                 self._turn_down(name, id_json)
-            elif name == _CANCEL:
+            elif name == CANCEL:
                 self._cancel(id_json, _only("id", name, args))
             elif name == AUTH:
                 self._authenticate(id_json, _only("token", name, args))
             else:
-                self._start(name, args, id_json, terms)
+                self._start(name, args, id_json, terms, len(message))
         except Malformed as error:
             self._end(error.id_json, error, POLICY)
         except CallError as error:
@@ -188,7 +189,7 @@ class Conversation:
         else:
             raise error
 
-    def _start(self, name: str, args: Args, id_json: str, terms: Terms) -> None:
+    def _start(self, name: str, args: Args, id_json: str, terms: Terms, size: int) -> None:
         if self._is_draining:
             raise ShuttingDown("the gateway is stopping; the task was not started")
         if max(len(self._in_flight), len(self._in_order)) >= self._max_in_flight:
@@ -203,9 +204,10 @@ class Conversation:
         self._figures.add("in_flight")
         if not id_json:
             self._in_order.append(call)
-        call.task = self._tenant.client.call_with(
+        call.task = self._tenant.call(
             name,
             args,
+            size,
             timeout=terms.timeout,
             on_progress=self._reporter(id_json) if terms.wants_progress else None,
             priority=terms.priority,

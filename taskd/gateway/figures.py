@@ -13,8 +13,9 @@ from typing import Final
 
 __all__ = ["COUNTERS", "GAUGES", "Figures"]
 
-GAUGES: Final = ("processes", "websockets", "in_flight")
-"""What there is now."""
+GAUGES: Final = ("processes", "websockets", "in_flight", "outstanding")
+"""What there is now: calls in flight that somebody waits for, and all that no daemon has
+answered yet."""
 
 COUNTERS: Final = (
     "opened",

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-__all__ = ["History", "percentiles"]
+__all__ = ["History", "is_readable", "percentiles"]
 
 _KEPT_SAMPLES: Final = 300
 _LATENCY_SAMPLES: Final = 10
@@ -21,6 +21,72 @@ _LATENCY_SAMPLES: Final = 10
 
 _STATES: Final = ("starting", "idle", "busy", "draining")
 _SHARES: Final = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+
+
+_COUNT: Final = (int, float)
+_COUNTS: Final[dict[str, Any]] = {"": _COUNT}
+"""A shape: any number of names, and a number for each."""
+
+_SHAPE: Final[dict[str, Any]] = {
+    "queue": {
+        "waiting": _COUNT,
+        "oldest_seconds": (int, float, type(None)),
+        "handed_over": _COUNT,
+        "refused": _COUNT,
+        "expired": _COUNT,
+    },
+    "supervisor": {"uptime": _COUNT},
+    "totals": {
+        "workers": _COUNTS,
+        "restarts": _COUNTS,
+        "done": _COUNT,
+        "failed": _COUNT,
+        "connections": _COUNT,
+        "accepted": _COUNT,
+        "in_flight": _COUNT,
+    },
+    "workers": [{"latency": _COUNTS}],
+    "functions": [
+        {
+            "name": (str,),
+            "done": _COUNT,
+            "failed": _COUNT,
+            "errors": _COUNTS,
+            "seconds": _COUNT,
+            "latency": _COUNTS,
+        }
+    ],
+}
+"""What a daemon's status is taken to be, as far as it has these members."""
+
+_NEEDED: Final = frozenset({"name", "done", "failed"})
+"""What each of ``functions`` has."""
+
+
+def is_readable(status: Any) -> bool:
+    """Tell whether what a daemon has told can be a status; it may be of any version."""
+    return (
+        _fits(status, _SHAPE)
+        and all(function.keys() >= _NEEDED for function in status.get("functions", ()))
+        and all(
+            bound.isdecimal()
+            for name in ("functions", "workers")
+            for one in status.get(name, ())
+            for bound in one.get("latency", ())
+        )
+    )
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
+    if shape is _COUNTS:
+        return isinstance(value, dict) and all(_fits(one, _COUNT) for one in value.values())
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            _fits(value[name], inner) for name, inner in shape.items() if name in value
+        )
+    return isinstance(value, shape) and not isinstance(value, bool)
 
 
 class _Look(NamedTuple):

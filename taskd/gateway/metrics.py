@@ -28,7 +28,8 @@ _REFUSALS: Final = tuple(name for name in COUNTERS if name.startswith("refused_"
 _HELP: Final = {
     "processes": "Processes of the gateway.",
     "websockets": "Open WebSockets.",
-    "in_flight": "Calls that browsers wait for.",
+    "in_flight": "Calls that somebody waits for.",
+    "outstanding": "Calls that no daemon has answered yet, whether or not somebody waits.",
     "opened": "WebSockets that were opened.",
     "messages": "Messages that came over WebSockets.",
     "http_calls": "Calls that came over HTTP.",

@@ -41,15 +41,21 @@ class Origins:
     Args:
         allowed: Further origins, such as ``https://example.org``.
         needs_one: False: what names none, as programs do, is let in.
+        is_secure: True: pages are served over TLS here, so a plain one of the same host
+            is somebody else's. So it is where *allowed* has the host by ``https`` alone.
 
     Raises:
         SettingsError: One is no origin.
     """
 
-    def __init__(self, allowed: Iterable[str], *, needs_one: bool) -> None:
+    def __init__(self, allowed: Iterable[str], *, needs_one: bool, is_secure: bool = False) -> None:
         self._allowed = frozenset(map(_named, allowed))
         self._hosts = frozenset(host for _, host, _ in self._allowed)
+        self._secure_hosts = self._hosts - {
+            host for scheme, host, _ in self._allowed if scheme == "http"
+        }
         self._needs_one = needs_one
+        self._is_secure = is_secure
 
     def admits_host(self, host: str | None) -> bool:
         """Tell whether a Host header names this place."""
@@ -72,13 +78,13 @@ class Origins:
         named = _origin_of(origin)
         if named is None:
             return False
-        scheme, name, port = named
-        place = _place_of(host)
-        if place is not None and place == (name, port):
+        if named in self._allowed:
             return True
-        usual = _DEFAULT_PORTS[scheme]
-        is_own = place == (name, None) and port == usual
-        return is_own or named in self._allowed
+        scheme, name, port = named
+        own = [(name, port), (name, None)] if port == _DEFAULT_PORTS[scheme] else [(name, port)]
+        if scheme == "http" and (self._is_secure or name in self._secure_hosts):
+            return False  # whoever is on the way could have made that page
+        return _place_of(host) in own
 
 
 def _named(text: str) -> tuple[str, str, int]:

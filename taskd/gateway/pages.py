@@ -16,6 +16,7 @@ from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
+from taskd.door import host_of
 from taskd.errors import Unauthorized
 from taskd.gateway.backend import Backend
 from taskd.gateway.figures import Figures
@@ -105,7 +106,7 @@ class Gate:
         if not self._watchers.asks or self._watchers.knows_cookie(request):
             return show()
         token = self._watchers.token_of(request)
-        host = getattr(request.getClientAddress(), "host", "")
+        host = host_of(request.getClientAddress())
         is_there = [True]
         request.notifyFinish().addErrback(lambda _: is_there.clear())
 

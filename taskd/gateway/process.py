@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import os
 import resource
 import signal
 import time
@@ -19,7 +21,7 @@ from typing import Any, Final
 from twisted.internet import main as twisted_main
 from twisted.internet.protocol import connectionDone
 from twisted.internet.stdio import StandardIO
-from twisted.logger import globalLogPublisher
+from twisted.logger import globalLogBeginner
 from twisted.protocols.basic import LineReceiver
 from twisted.python.failure import Failure
 
@@ -51,8 +53,12 @@ LISTENING_FD: Final = 4
 _CONNECT_SECONDS: Final = 5.0
 """A browser is told sooner than a program that there is no daemon."""
 
+_LEAST_POOL: Final = 4
+_CALLS_PER_CONNECTION: Final = 512
+"""A daemon reads no more from a connection that has ``--max-in-flight`` calls, 1024 by default."""
+
 _HTTP: Final = b"http/1.1"
-_MOST_FDS: Final = 1_000_000
+_MORE_FDS: Final = 1024
 _LINE_BYTES: Final = 2**24
 _CLOSE_SECONDS: Final = 2.0
 
@@ -89,9 +95,18 @@ class Gateway:
         own_token = secrets.own_token or None
         access = Access(secrets.tokens, settings.allow)
         door = Door(access, _Anonymous(), time.monotonic)
-        origins = Origins(settings.origins, needs_one=settings.needs_origin)
+        origins = Origins(
+            settings.origins,
+            needs_one=settings.needs_origin,
+            is_secure=self._pair is not None,
+        )
         self._backend = Backend(
-            reactor, self._connect, own_token, passes_on=not settings.keep_tokens
+            reactor,
+            self._connect,
+            own_token,
+            passes_on=not settings.keep_tokens,
+            max_calls=settings.max_calls,
+            figures=figures,
         )
         self._watch = Watch(
             reactor,
@@ -105,16 +120,14 @@ class Gateway:
         )
         identities = Identities(door, settings.cookie, reactor)
         gate = Gate(Watchers(secrets.watchers), figures, reactor)
-        self._calls = CallPage(
-            identities, origins, self._backend, figures, settings.max_connections
-        )
+        self._calls = CallPage(identities, origins, self._backend, figures)
         self._health = HealthPage(self._backend)
         root = Dashboard(gate if settings.dashboard else None)
         self.site = GatewaySite(root, origins, figures, settings.max_message_bytes, reactor)
         self._browsers = BrowserFactory(
-            settings, figures, self.site.left, reactor, time.monotonic, self._backend, door
+            settings, figures, self.site.left, reactor, time.monotonic, self._backend
         )
-        self._feed = FeedFactory(settings, figures, self.site.left, reactor)
+        self._feed = FeedFactory(settings, figures, self.site.left, reactor, time.monotonic)
         self._feed.greet = self._watch.greeting
         self._watch.show = self._feed.show
         most = settings.max_connections
@@ -129,17 +142,20 @@ class Gateway:
             for path, file in static().items():
                 root.putChild(path, file)
         self._port: SharedPort | None = None
-        self._is_draining = False
+        self._is_draining = self._is_going = False
 
-    def _connect(self, token: str | None, endpoint: str | None = None, pool: int = 4) -> TaskClient:
+    def _connect(
+        self, token: str | None, endpoint: str | None = None, pool: int | None = None
+    ) -> TaskClient:
         settings = self._settings
+        enough = max(_LEAST_POOL, math.ceil(settings.max_calls / _CALLS_PER_CONNECTION))
         return TaskClient(
             self._reactor,
             list(settings.tasks) if endpoint is None else endpoint,
             ca=settings.tasks_ca or None,
             certificate=settings.tasks_certificate or None,
             token=token,
-            pool=pool,
+            pool=pool or enough,
             connect_timeout=_CONNECT_SECONDS,
         )
 
@@ -178,14 +194,18 @@ class Gateway:
 
     def _go_if_quiet(self) -> None:
         if self._calls.is_quiet and not self._browsers.sockets:
-            self._go()
+            self.site.hang_up()  # the last answers may be on their way still
+            if not self.site.has_unsent:
+                self._go()
 
     def _end(self) -> None:
         self._browsers.end()
         self._reactor.callLater(_CLOSE_SECONDS, self._go)
 
     def _go(self) -> None:
-        self._reactor.callLater(0, self._stop)
+        if not self._is_going:
+            self._is_going = True
+            self._reactor.callLater(0, self._stop)
 
     def _stop(self) -> None:
         if self._reactor.running:
@@ -213,7 +233,8 @@ class _Supervisor(LineReceiver):
     def _begin(self, told: dict[str, Any]) -> None:
         settings = GatewaySettings.from_json(told["settings"])
         forwarder: Any = Forwarder(settings.log_level, self.transport.write)
-        globalLogPublisher.addObserver(forwarder)
+        globalLogBeginner.beginLoggingTo([forwarder], redirectStandardIO=False)
+        _allow_files(2 * settings.max_connections + _MORE_FDS)
         self._gateway = Gateway(
             self._reactor,
             settings,
@@ -221,6 +242,7 @@ class _Supervisor(LineReceiver):
             Figures(FIGURES_FD, told["row"]),
         )
         self._gateway.serve(LISTENING_FD)
+        os.close(LISTENING_FD)  # of which it has its own, which alone keeps the port open then
         drain = self._gateway.drain
         signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(drain))
         Title(f"taskd-gateway: process {told['number']}")
@@ -235,14 +257,23 @@ class _Supervisor(LineReceiver):
             self._reactor.stop()
 
 
+def _allow_files(wanted: int) -> None:
+    """
+    Set how many files may be open, as far as that is allowed.
+
+    As many for connections that speak HTTP as for WebSockets: the port accepts no more
+    when they are used up.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+
+
 def main() -> None:
     """Be one process of a gateway."""
     # A terminal's Ctrl-C is for the supervisor, who will say so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     reactor: Any = SharingReactor()  # type: ignore[no-untyped-call]
     twisted_main.installReactor(reactor)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MOST_FDS if most == resource.RLIM_INFINITY else min(most, _MOST_FDS)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     StandardIO(_Supervisor(reactor), reactor=reactor)
     reactor.run(installSignalHandlers=False)

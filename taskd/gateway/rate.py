@@ -1,10 +1,14 @@
-"""How often somebody may do something: a token bucket. Time is an argument."""
+"""
+How often somebody may do something, and whether somebody still reads. No I/O here.
+
+Time is an argument.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["Rate"]
+__all__ = ["Rate", "Reading"]
 
 _BURST_SECONDS: Final = 2.0
 """What was not used is kept for so long."""
@@ -52,3 +56,25 @@ class Rate:
     def is_out_of_patience(self) -> bool:
         """Tell whether somebody goes on and on although refused."""
         return self._room < -max(1.0, self._per_second * _PATIENCE_SECONDS)
+
+
+class Reading:
+    """Tell whether somebody reads on, by what waits to be sent from one look to the next."""
+
+    __slots__ = ("_unsent",)
+
+    def __init__(self) -> None:
+        self._unsent = 0
+
+    def goes_on(self, unsent: int) -> bool:
+        """
+        Look once more.
+
+        Args:
+            unsent: Bytes that wait now.
+
+        Returns:
+            Whether something waits, and it is not what has waited at the last look.
+        """
+        before, self._unsent = self._unsent, unsent
+        return unsent > 0 and unsent != before

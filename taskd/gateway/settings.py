@@ -45,12 +45,13 @@ class GatewaySettings:
         origins: Further origins whose pages may call, such as ``https://example.org``.
         needs_origin: False: what names no origin, as programs do, may open WebSockets.
         dashboard: False: there is no page, and the daemons are not asked for it.
-        dashboard_token_file: Path of the file with the tokens for the page and the
-            metrics, or ''.
+        dashboard_token_file: Path of the file with the tokens for the metrics and the
+            page, or ''.
         max_message_bytes: Longest message, and longest body of a request, from 1024.
         max_rate: Messages a second that one connection may send, above 0.
         max_connections: WebSockets that one process holds, from 1.
         max_in_flight: Calls that one WebSocket may have in flight, from 1.
+        max_calls: Calls that one process may have in flight, whoever waits for them, from 1.
         ping_seconds: How often a WebSocket is asked for a sign of life, and how long
             it may take, above 0.
         grace_seconds: How long calls in flight may go on at a stop, from 0.
@@ -80,6 +81,7 @@ class GatewaySettings:
     max_rate: float = 100.0
     max_connections: int = 10_000
     max_in_flight: int = 64
+    max_calls: int = 2000
     ping_seconds: float = 20.0
     grace_seconds: float = 30.0
     log_format: str = "text"
@@ -92,6 +94,7 @@ class GatewaySettings:
         check_range("--max-rate", self.max_rate, 0.1, 1_000_000)
         check_range("--max-connections", self.max_connections, 1, 1_000_000)
         check_range("--max-in-flight", self.max_in_flight, 1, 100_000)
+        check_range("--max-calls", self.max_calls, 1, 100_000)
         check_range("--ping", self.ping_seconds, 0.1, 86400)
         check_range("--grace", self.grace_seconds, 0, 86400)
         check_choice("--log-format", self.log_format, LOG_FORMATS)
@@ -111,8 +114,6 @@ class GatewaySettings:
             )
         if self.keep_tokens and not self.token_file:
             raise SettingsError("--keep-tokens is of no use without --token-file")
-        if self.dashboard_token_file and not self.dashboard:
-            raise SettingsError("--dashboard-token is of no use with --no-dashboard")
 
     def to_json(self) -> dict[str, Any]:
         """Give the settings as plain JSON types, for ``from_json`` in another process."""

@@ -28,6 +28,7 @@ from taskd.errors import CallError, Overloaded
 from taskd.gateway.figures import Figures
 from taskd.gateway.identity import header_of
 from taskd.gateway.origin import Origins
+from taskd.gateway.rate import Reading
 
 __all__ = [
     "NOT_KNOWN",
@@ -44,6 +45,10 @@ _REQUEST_SECONDS: Final = 30.0
 """A request has come within so long, or its connection ends; the next one too."""
 
 _ABORT_SECONDS: Final = 5.0
+"""So long an end may take during which nothing that was sent is read."""
+
+_MOST_UNREAD_BYTES: Final = 256 * 1024
+"""With more than that on its way a connection gets no further request answered."""
 
 _HEADERS: Final = {
     b"server": b"taskd",
@@ -197,7 +202,9 @@ class GatewayChannel(http.HTTPChannel):
 
     site: GatewaySite
     transport: Any
-    is_upgraded = False
+    _abortingCall: Any
+    _dataBuffer: list[bytes]
+    _reading: Reading
 
     def accepted(self) -> None:
         """Take note that the connection has just come (``accept.Guest``)."""
@@ -208,16 +215,48 @@ class GatewayChannel(http.HTTPChannel):
     def connectionMade(self) -> None:
         """Begin."""
         self.site.came()
+        self.site.channels.add(self)
         super().connectionMade()  # type: ignore[no-untyped-call]
 
     def dataReceived(self, data: bytes) -> None:
-        """Take bytes; they buy no time."""
-        LineReceiver.dataReceived(self, data)
+        """Take bytes; they buy no time, and behind the end they are nothing."""
+        if self._abortingCall is None:
+            LineReceiver.dataReceived(self, data)
+
+    def requestDone(self, request: Any) -> None:
+        """Go on to the next request, unless the answers to those before are not read."""
+        if self.transport.unsent_bytes > _MOST_UNREAD_BYTES:
+            self.persistent = False
+        super().requestDone(request)  # type: ignore[no-untyped-call]
 
     def timeoutConnection(self) -> None:
         """End a connection whose request has not come in time, or that has idled."""
-        self._abortingCall = self.callLater(_ABORT_SECONDS, self.forceAbortClient)  # type: ignore[no-untyped-call]
-        self.loseConnection()  # type: ignore[no-untyped-call]
+        self.loseConnection()
+
+    def hang_up(self) -> None:
+        """End the connection, once what was answered is out."""
+        self.loseConnection()
+
+    def loseConnection(self) -> None:
+        """
+        End the connection once what was answered is out, as long as that is read.
+
+        Over TLS, and to who does not read, Twisted's own end may never come.
+        """
+        if self._abortingCall is None:
+            self._reading = Reading()
+            self._abort_soon()
+            super().loseConnection()  # type: ignore[no-untyped-call]
+
+    def _abort_soon(self) -> None:
+        self._abortingCall = self.callLater(_ABORT_SECONDS, self._abort_unless_read)  # type: ignore[no-untyped-call]
+
+    def _abort_unless_read(self) -> None:
+        if self._reading.goes_on(self.transport.unsent_bytes):
+            self._abort_soon()
+        else:
+            self._abortingCall = None
+            self.transport.abortConnection()
 
     def refuse_length(self) -> None:
         """Answer what is too long, and end the connection."""
@@ -232,10 +271,17 @@ class GatewayChannel(http.HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Let go."""
         super().connectionLost(reason)  # type: ignore[no-untyped-call]
+        self.site.channels.discard(self)
         self.site.left()
+
+    @property
+    def has_more(self) -> bool:
+        """Tell whether something has come behind the request that is being answered."""
+        return bool(self._dataBuffer)
 
     def upgrade(self) -> None:
         """Leave the connection to somebody else."""
+        self.site.channels.discard(self)
         self.setTimeout(None)  # type: ignore[no-untyped-call]
         self.transport.unregisterProducer()
 
@@ -253,6 +299,7 @@ class GatewaySite(Site):
 
     Attributes:
         open_connections: How many connections are open, WebSockets among them.
+        channels: Those that speak HTTP.
         on_room: Called when one has gone; set by who accepts them.
     """
 
@@ -275,8 +322,8 @@ class GatewaySite(Site):
         self.figures = figures
         self.max_body_bytes = max_body_bytes
         self.open_connections = 0
+        self.channels: set[GatewayChannel] = set()
         self.on_room: Callable[[], None] = lambda: None
-        self.on_empty: Callable[[], None] = lambda: None
 
     def log(self, request: Any) -> None:
         """Write no line for every request."""
@@ -289,8 +336,16 @@ class GatewaySite(Site):
         """Take it that a connection has gone."""
         self.open_connections -= 1
         self.on_room()
-        if not self.open_connections:
-            self.on_empty()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Tell whether an answer over HTTP waits to be sent."""
+        return any(channel.transport.unsent_bytes for channel in self.channels)
+
+    def hang_up(self) -> None:
+        """End all connections that speak HTTP, once what was answered is out."""
+        for channel in list(self.channels):
+            channel.hang_up()
 
 
 class Upgrade(Resource):
@@ -337,7 +392,12 @@ class Upgrade(Resource):
         request.notifyFinish().addErrback(lambda _: is_there.clear())
 
         def go_on(attributes: dict[str, Any] | None) -> None:
-            if attributes is not None and is_there:
+            if attributes is None or not is_there:
+                return
+            refusal = self._refusal(request)  # that may have taken a while
+            if refusal is not None:
+                refusal.render(request)
+            else:
                 self._upgrade(request, attributes)
 
         self._prepare(request).addCallback(go_on)
@@ -354,6 +414,8 @@ class Upgrade(Resource):
                 "unauthorized",
                 "pages of this origin may not call; --origin names those that may",
             )
+        if request.content.read(1) or request.channel.has_more:
+            return Refusal(400, "malformed", "nothing comes behind the request for a WebSocket")
         if self._is_closed:
             return Refusal(503, "shutting-down", "the gateway is stopping")
         if self._figures.get("websockets") >= self._max_sockets:
@@ -375,7 +437,12 @@ class _Handover(WebSocketResource):
         self._attributes = attributes
 
     def buildProtocol(self, addr: IAddress) -> Any:
-        """Make the protocol (this is the factory that autobahn asks)."""
+        """
+        Make the protocol (this is the factory that autobahn asks).
+
+        Autobahn reads the headers once more, less strictly: nothing that decides
+        who may come in is taken from what it has read.
+        """
         protocol = self._makes.buildProtocol(addr)
         for name, value in self._attributes.items():
             setattr(protocol, name, value)

@@ -18,7 +18,7 @@ from twisted.internet.interfaces import IDelayedCall, IPushProducer
 from zope.interface import implementer
 
 from taskd.access import Grant
-from taskd.door import Door, Visitor
+from taskd.door import Visitor
 from taskd.errand import stop
 from taskd.gateway.backend import Backend
 from taskd.gateway.conversation import (
@@ -29,6 +29,7 @@ from taskd.gateway.conversation import (
     Limits,
 )
 from taskd.gateway.figures import Figures
+from taskd.gateway.rate import Rate, Reading
 from taskd.gateway.settings import GatewaySettings
 
 __all__ = ["BrowserFactory", "BrowserSocket", "FeedFactory", "FeedSocket"]
@@ -43,8 +44,27 @@ _MOST_UNSENT_BYTES: Final = 64 * 2**20
 _FIRST_MESSAGE_SECONDS: Final = 30.0
 """Who has to say who it is has said so by then."""
 
+_MORE_FRAMES_A_SECOND: Final = 1000
+"""So many frames may come, pings and parts of messages, beside the messages."""
+
+_READ_BYTES: Final = 8192
+"""What is taken from one browser at a time, until it is another's turn."""
+
 _HANDSHAKE_SECONDS: Final = 10.0
 _CLOSE_SECONDS: Final = 2.0
+
+
+class _Quiet:
+    """
+    Takes what autobahn logs: a line, or more, for each frame that is wrong.
+
+    Strangers would write the log; what matters is counted.
+    """
+
+    def _drop(self, *args: Any, **fields: Any) -> None:
+        """Say nothing."""
+
+    trace = debug = info = warn = error = critical = failure = _drop
 
 
 @implementer(IPushProducer)
@@ -57,8 +77,13 @@ class _Socket(WebSocketServerProtocol):
     """
 
     has_begun = False
+    log = _Quiet()
+    autoPingTimeout: float
+    closeHandshakeTimeout: float
     _is_behind = _is_held = False
-    _unsent_before = 0
+    _frames: Rate
+    _reading: Reading
+    _abort: IDelayedCall | None = None
     factory: Any
     transport: Any
 
@@ -69,6 +94,9 @@ class _Socket(WebSocketServerProtocol):
     def onOpen(self) -> None:
         """Begin: the handshake is done."""
         self.has_begun = True
+        self._frames = Rate(self.factory.max_frame_rate)
+        self._reading = Reading()
+        self.transport.bufferSize = _READ_BYTES
         self.transport.registerProducer(self, True)
         self.factory.opened(self)
         self.begun()
@@ -80,12 +108,20 @@ class _Socket(WebSocketServerProtocol):
         """Take bytes; autobahn's own method first puts together what it would log of them."""
         self._dataReceived(data)
 
+    def onFrameBegin(self) -> None:
+        """Take the beginning of a frame, unless there are far too many: pings cost as well."""
+        if self._frames.wait(self.factory.clock()):
+            self.dropConnection(abort=True)
+        else:
+            super().onFrameBegin()
+
     def onMessageFrame(self, payload: Any) -> None:
         """Take a frame's parts; autobahn would keep empty ones, too, of which there is no end."""
         super().onMessageFrame(cast(Any, [part for part in payload if part]))
 
     def onClose(self, was_clean: bool, code: int | None, reason: str | None) -> None:
         """Take it that the connection is gone; nothing comes behind this."""
+        stop(self._abort)
         if self.has_begun:
             self.has_begun = False
             self.factory.closed(self)
@@ -119,7 +155,6 @@ class _Socket(WebSocketServerProtocol):
     def pauseProducing(self) -> None:
         """Read nothing more: what was sent is not read either."""
         self._is_behind = True
-        self._unsent_before = self.transport.unsent_bytes
         self._read_or_not()
 
     def resumeProducing(self) -> None:
@@ -142,14 +177,43 @@ class _Socket(WebSocketServerProtocol):
 
     def onAutoPingTimeout(self) -> None:
         """Drop a browser that gave no sign of life; one that still reads gives one by that."""
-        unsent = self.transport.unsent_bytes
-        if unsent and unsent != self._unsent_before:
-            self._unsent_before = unsent
-            self.autoPingTimeoutCall = self.factory.wait_for_pong(self.onAutoPingTimeout)
+        if self._reading.goes_on(self.transport.unsent_bytes):
+            self.autoPingTimeoutCall = self.factory.call_later(
+                self.autoPingTimeout, self.onAutoPingTimeout
+            )
             return
         self.factory.was_silent()
         self.autoPingTimeoutCall = None
         self.transport.abortConnection()
+
+    def onCloseHandshakeTimeout(self) -> None:
+        """Drop a browser that does not take part in the end, unless it still reads."""
+        if self._reading.goes_on(self.transport.unsent_bytes):
+            self.closeHandshakeTimeoutCall = self.factory.call_later(
+                self.closeHandshakeTimeout, self.onCloseHandshakeTimeout
+            )
+        else:
+            super().onCloseHandshakeTimeout()
+
+    def _closeConnection(self, abort: bool = False) -> None:
+        """Close the connection; over TLS an orderly end may never come."""
+        super()._closeConnection(abort)
+        if not abort:
+            self._abort = self.factory.call_later(_CLOSE_SECONDS, self.transport.abortConnection)
+
+
+class _Timers:
+    """
+    Autobahn's delays, kept by the reactor.
+
+    Its own are up to a second too short, and so none at all where they were less.
+
+    Args:
+        reactor: Keeps them.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self.call_later = reactor.callLater
 
 
 class _Factory(WebSocketServerFactory):
@@ -161,16 +225,24 @@ class _Factory(WebSocketServerFactory):
         figures: Where they are counted.
         gone: Called when a connection has gone that was to be a WebSocket.
         reactor: Keeps the delays.
+        clock: Gives seconds that never go back.
     """
 
     noisy = False
 
     def __init__(
-        self, settings: GatewaySettings, figures: Figures, gone: Callable[[], None], reactor: Any
+        self,
+        settings: GatewaySettings,
+        figures: Figures,
+        gone: Callable[[], None],
+        reactor: Any,
+        clock: Callable[[], float],
     ) -> None:
         super().__init__(reactor=reactor, protocols=[_SUBPROTOCOL])  # type: ignore[no-untyped-call]
-        self._settings = settings
-        self._reactor = reactor
+        self._batched_timer = _Timers(reactor)
+        self.max_frame_rate = settings.max_rate + _MORE_FRAMES_A_SECOND
+        self.call_later = reactor.callLater
+        self.clock = clock
         self.figures = figures
         self.gone = gone
         self.sockets: set[Any] = set()
@@ -204,10 +276,6 @@ class _Factory(WebSocketServerFactory):
     def was_silent(self) -> None:
         """Count one that gave no sign of life."""
         self.figures.add("silent")
-
-    def wait_for_pong(self, act: Callable[[], None]) -> Any:
-        """Wait once more as long as a sign of life may take."""
-        return self._reactor.callLater(self._settings.ping_seconds, act)
 
 
 class BrowserSocket(_Socket):
@@ -273,7 +341,6 @@ class BrowserFactory(_Factory):
         reactor: Keeps the delays.
         clock: Gives seconds that never go back.
         backend: Where the calls go.
-        door: Who is let in.
     """
 
     protocol = BrowserSocket
@@ -286,14 +353,11 @@ class BrowserFactory(_Factory):
         reactor: Any,
         clock: Callable[[], float],
         backend: Backend,
-        door: Door,
     ) -> None:
-        super().__init__(settings, figures, gone, reactor)
-        self._clock = clock
+        super().__init__(settings, figures, gone, reactor, clock)
         self._backend = backend
         self._limits = Limits(settings.max_in_flight, settings.max_rate)
-        self.door = door
-        self.call_later = reactor.callLater
+        self._is_draining = False
 
     def conversation(self, socket: BrowserSocket) -> Conversation:
         """Make a WebSocket's conversation."""
@@ -302,7 +366,7 @@ class BrowserFactory(_Factory):
             self._backend,
             self._limits,
             self.figures,
-            self._clock,
+            self.clock,
             socket.grant,
             socket.token,
         )

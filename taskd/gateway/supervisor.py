@@ -19,12 +19,14 @@ from typing import Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger, globalLogPublisher
 from twisted.python.failure import Failure
 
 from taskd.children import NOT_FOR_CHILDREN
 from taskd.destination import endpoint_of
+from taskd.errand import stop
 from taskd.errors import StartFailed
 from taskd.gateway.figures import Figures
 from taskd.gateway.secrets import Secrets
@@ -44,6 +46,10 @@ _KILL_AFTER_GRACE_SECONDS: Final = 5.0
 _PROGRAM: Final = "from taskd.gateway.process import main; main()"
 _FIGURES_FD: Final = 3
 _LISTENING_FD: Final = 4
+_READY_SECONDS: Final = 60.0
+"""A process that does not serve by then never will."""
+
+_RELOAD_SECONDS: Final = 5.0
 _LONGEST_UNENDED: Final = 2**20
 
 
@@ -143,8 +149,8 @@ class GatewaySupervisor(Service):
             missing.append(
                 "call what is allowed, since callers are not asked who they are; give --token-file"
             )
-        if settings.dashboard and not settings.dashboard_token_file:
-            missing.append("see the dashboard; give --dashboard-token, or --no-dashboard")
+        if not settings.dashboard_token_file:
+            missing.append("see what the workers do; give --dashboard-token")
         if missing and not settings.insecure:
             raise StartFailed(
                 f"whoever can reach {where} could {missing[0]}; or say --insecure if that is meant"
@@ -178,6 +184,9 @@ class GatewaySupervisor(Service):
 
     def process_ready(self, process: _Process) -> None:
         """Let those go whose place a process takes, since it serves: the older ones."""
+        process.is_ready = True
+        if self._stopped is not None:
+            return
         for other in self._processes[: self._processes.index(process)]:
             if other.number == process.number:
                 other.drain()
@@ -198,7 +207,11 @@ class GatewaySupervisor(Service):
         if self._stopped is not None:
             self._check_stopped()
             return
-        if process.is_draining or self._has_one(process.number):
+        if process.is_draining:
+            return
+        if self._has_one(process.number):
+            if not process.is_ready:
+                self._reload_failed(process, describe_end(status))
             return
         lived = self._reactor.seconds() - process.born
         delay = self._births[process.number].died(lived)
@@ -210,6 +223,26 @@ class GatewaySupervisor(Service):
             when=f" in {delay:g} s" if delay else "",
         )
         self._reactor.callLater(delay, self._respawn, process.number)
+
+    def _reload_failed(self, process: _Process, end: str) -> None:
+        """Say that a process did not come to take another one's place, and try again."""
+        delay = max(_RELOAD_SECONDS, self._births[process.number].died(0.0))
+        self._log.error(
+            "reload: the process that was to replace number {number} {end}; the earlier one "
+            "serves on, with the tokens and keys of before; next try in {delay:g} s",
+            number=process.number + 1,
+            end=end,
+            delay=delay,
+        )
+        self._reactor.callLater(delay, self._try_again, process.number)
+
+    def _try_again(self, number: int) -> None:
+        newest = [process for process in self._processes if process.number == number][-1:]
+        if self._stopped is None and newest and newest[0].is_ready:
+            try:
+                self._spawn(number)
+            except OSError as error:
+                self._log.error("no reload: {reason}", reason=error.strerror)
 
     def _has_one(self, number: int) -> bool:
         """Tell whether a place is taken by one that is to stay."""
@@ -301,6 +334,7 @@ class _Process(ProcessProtocol):
     Attributes:
         pid: Its pid, once it is spawned.
         born: When it was, in seconds.
+        is_ready: Whether it serves.
         is_draining: Whether it was told to go.
     """
 
@@ -316,7 +350,8 @@ class _Process(ProcessProtocol):
         self.row = row
         self.born = reactor.seconds()
         self.pid = 0
-        self.is_draining = False
+        self.is_ready = self.is_draining = False
+        self._deadline: IDelayedCall | None = None
         self._unread = {1: b"", 2: b""}
 
     def spawn(self, figures_fd: int, listening_fd: int) -> None:
@@ -335,11 +370,20 @@ class _Process(ProcessProtocol):
             childFDs={0: "w", 1: "r", 2: "r", _FIGURES_FD: figures_fd, _LISTENING_FD: listening_fd},
         )
         self.pid = self._process.pid
+        self._deadline = self._reactor.callLater(_READY_SECONDS, self._end_if_not_ready)
         self._write(json.dumps(self._told).encode() + b"\n")
         self._told = {}
 
     def _write(self, line: bytes) -> None:
-        self._process.writeToChild(0, line)
+        if 0 in self._process.pipes:  # or it is just dying
+            self._process.writeToChild(0, line)
+
+    def _end_if_not_ready(self) -> None:
+        if not self.is_ready:
+            self._log.error(
+                "process {number} does not begin, and is killed", number=self.number + 1
+            )
+            self.kill()
 
     def drain(self) -> None:
         """Have it go when nothing is in flight on it."""
@@ -372,4 +416,5 @@ class _Process(ProcessProtocol):
 
     def processEnded(self, reason: Failure) -> None:
         """Take note that it has gone, and that all that it said was read."""
+        stop(self._deadline)
         self._owner.process_gone(self, getattr(reason.value, "status", None) or 0)

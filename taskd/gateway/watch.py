@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from twisted.internet.defer import Deferred, gatherResults, succeed
-from twisted.internet.interfaces import IDelayedCall
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from taskd import __version__
 from taskd.client import TaskClient
-from taskd.errand import stop
 from taskd.errors import CallError, TaskdError
 from taskd.gateway.figures import GAUGES, Figures
-from taskd.gateway.history import History
+from taskd.gateway.history import History, is_readable
 
 __all__ = ["Node", "Watch"]
 
@@ -53,6 +52,8 @@ class Watch:
         show: Takes what is new, for the dashboards.
     """
 
+    _log = Logger(namespace="taskd.gateway")
+
     def __init__(
         self,
         reactor: Any,
@@ -67,32 +68,19 @@ class Watch:
         self._clock = clock
         self._wall_clock = wall_clock
         self._history = History()
-        self._next: IDelayedCall | None = None
-        self._is_closed = False
         self.show: Callable[[dict[str, Any]], None] = lambda _: None
 
     def start(self) -> None:
         """Look once a second from now on."""
         started = self._clock()
 
-        def again(_: object) -> None:
-            if not self._is_closed:
-                took = self._clock() - started
-                wait = max(0.0, _INTERVAL_SECONDS - took)
-                self._next = self._reactor.callLater(wait, self.start)
+        def again(outcome: object) -> None:
+            if isinstance(outcome, Failure):
+                self._log.failure("the daemons' status cannot be shown", outcome)
+            took = self._clock() - started
+            self._reactor.callLater(max(0.0, _INTERVAL_SECONDS - took), self.start)
 
         self._look_and_show().addBoth(again)
-
-    def close(self) -> Deferred[Any]:
-        """
-        Look no more.
-
-        Returns:
-            Fires once the connections are closed.
-        """
-        self._is_closed = True
-        stop(self._next)
-        return gatherResults([node.client.close() for node in self._nodes])
 
     def greeting(self) -> dict[str, Any]:
         """Give what a dashboard is shown first."""
@@ -114,7 +102,7 @@ class Watch:
         asked = [self._ask(node, "taskd.status", {}) for node in self._nodes]
         return gatherResults(asked).addCallback(
             lambda told: {
-                name: None if isinstance(one, Exception) else one
+                name: one if is_readable(one) else None
                 for name, one in zip(names, told, strict=True)
             }
         )
@@ -137,7 +125,7 @@ class Watch:
         seen: dict[str, Any] = {"name": node.name, "error": None, "status": None, "failures": None}
 
         def failures(told: Any) -> dict[str, Any]:
-            seen["failures"] = None if isinstance(told, Exception) else told
+            seen["failures"] = told if isinstance(told, list) else None
             return seen
 
         def status(told: Any) -> Deferred[dict[str, Any]]:
@@ -145,6 +133,8 @@ class Watch:
                 seen["error"] = f"the daemon does not tell: {told}"
             elif isinstance(told, Exception):
                 seen["error"] = f"the daemon cannot be reached: {told}"
+            elif not is_readable(told):
+                seen["error"] = "what the daemon tells is no status: is it no taskd?"
             else:
                 seen["status"] = told
                 return self._ask(node, "taskd.failures", {"limit": _FAILURES}).addCallback(failures)

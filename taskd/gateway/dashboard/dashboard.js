@@ -104,6 +104,13 @@
   const functionsOf = (node) => listOf(node.status && node.status.functions);
   const callsOf = ({ done, failed }) => sumOf([done, failed]);
 
+  /** Give what a daemon has done and what failed; what it is asked about itself is no work. */
+  function endedOf(status) {
+    const { functions, totals } = status || {};
+    if (!Array.isArray(functions)) return totals || {}; // An older daemon.
+    return { done: sumOf(functions.map(({ done }) => done)), failed: sumOf(functions.map(({ failed }) => failed)) };
+  }
+
   /** Sum what all daemons tell of their functions, by name. */
   function sumFunctions(nodes) {
     const sums = new Map();
@@ -218,7 +225,7 @@
     // Tried by itself, in Node.js.
     if (typeof module === "object") {
       module.exports = {
-        visible, count, rate, share, duration, elapsed, percentile, sumFunctions, callRates,
+        visible, count, rate, share, duration, elapsed, percentile, endedOf, sumFunctions, callRates,
         ordered, allFailures, extended, runs, evenTicks, decades, retryDelay,
       };
     }
@@ -340,7 +347,7 @@
       const all = shown.flatMap((sample) => series.map(({ of }) => of(sample))).filter((v) => isNumber(v) && (v > 0 || !isLog));
       const logTicks = () => (all.length ? decades(Math.min(...all), Math.max(...all)) : decades(1e-3, 1));
       const ticks = isLog ? logTicks() : evenTicks(Math.max(0, ...all));
-      const labels = ticks.map((tick) => (isLog ? duration(tick).replace(/\.0+(?= )/, "") : format(tick)));
+      const labels = ticks.map((tick) => (isLog ? duration(tick).replace(/\.0+(?= )/, "") : count(tick)));
       const [low, high] = [ticks[0], ticks[ticks.length - 1]];
       const left = em * (0.62 * Math.max(...labels.map((label) => label.length)) + 0.8);
       const [right, top, bottom] = [stage.clientWidth - em * 0.5, em * 0.6, stage.clientHeight - em * 1.7];
@@ -720,13 +727,14 @@
     const { version } = status || {};
     const [supervisor, queue, totals] = ["supervisor", "queue", "totals"].map((part) => (status && status[part]) || {});
     const { pid, uptime, reload } = supervisor;
+    const ended = endedOf(status);
     const restarts = Object.entries(totals.restarts || {}).filter(([, n]) => n > 0);
     return [
       ["State", error ? `away: ${visible(error, 300)}` : status ? "answers" : "not heard of yet"],
       ["Version", version && visible(version, 40)],
       ["Supervisor", pid && `process ${pid}, up for ${elapsed(uptime)}`],
       ["Last reload", reload && `${elapsed(reload.seconds_ago)} ago, ${reload.failure ? `failed: ${visible(reload.failure, 300)}` : "went well"}`],
-      ["Tasks", isNumber(totals.done) && `${count(totals.done)} done, ${count(totals.failed)} failed`],
+      ["Tasks", isNumber(ended.done) && `${count(ended.done)} done, ${count(ended.failed)} failed`],
       ["Connections", isNumber(totals.connections) && count(totals.connections)],
       ["Queue", isNumber(queue.refused) && `${count(queue.refused)} refused, ${count(queue.expired)} expired`],
       ["Replaced workers", restarts.map(([cause, n]) => `${visible(cause, 30)} ${count(n)}`).join(", ")],
@@ -754,7 +762,7 @@
     const { p50, p95, p99 } = latency || {};
     const total = sumOf(Object.values(workers));
     const oldest = Math.max(0, ...nodes.map(({ status }) => (status && status.queue && status.queue.oldest_seconds) || 0));
-    const ended = sumOf(nodes.map(({ status }) => status && status.totals && status.totals.done));
+    const ended = sumOf(nodes.map(({ status }) => endedOf(status).done));
     const others = STATES.filter((state) => state !== "busy" && workers[state]).map((state) => `${count(workers[state])} ${state}`);
     setFigure("fig-done", [rate(done), ""], ended ? `${count(ended)} since the start` : "");
     setFigure("fig-failed", [rate(failed), ""], done + failed > 0 ? `${share(failed, done + failed)} of what ended` : "", failed / (done + failed) >= ALARMING_SHARE);
