@@ -300,6 +300,8 @@ class TaskClient(Caller):
                 node.open()
 
     def _least_loaded(self, nodes: list[Node]) -> Node | None:
+        if len(self._nodes) == 1:
+            return nodes[0] if nodes else None
         number = least_loaded([node.load for node in nodes], self._turn)
         return None if number is None else self._nodes[number]
 

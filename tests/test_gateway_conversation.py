@@ -485,7 +485,7 @@ class AuthTests(ConversationTestCase):
         self.browser.identified(WEB)
         self.assertEqual([token for token, _ in self.browser.questions], ["other"])
         self.assertEqual(self.browser.calls, [])
-        self.browser.identified(Grant("ops"))
+        self.browser.identified(Grant("ops", digest_of("other")))
         self.assertGist((1, "web"), (2, "ops"))
         self.assertEqual(self.browser.call("a").token, "other")
 
@@ -516,7 +516,7 @@ class AuthTests(ConversationTestCase):
         self.meet(WEB)
         self.ask("f", "a")
         self.browser.auth()
-        self.browser.identified(Grant("ops"))
+        self.browser.identified(Grant("ops", digest_of("other")))
         self.assertGist()
         self.finish("a")
         self.assertGist("a", "ops")
@@ -526,9 +526,36 @@ class AuthTests(ConversationTestCase):
         self.meet(WEB, token=TOKEN)
         self.ask("f", "a")
         self.browser.auth("other")
-        self.browser.identified(Grant("ops"))
+        self.browser.identified(Grant("ops", digest_of("other")))
         self.ask("f", "b")
         self.assertEqual([call.token for call in self.browser.calls], [TOKEN, "other"])
+
+    def test_where_nobody_is_asked(self) -> None:
+        """A token that was not looked at is answered with null, and goes nowhere."""
+        self.meet(ANYTHING)
+        self.browser.auth("other", id=1)
+        self.browser.identified(ANYTHING)
+        self.ask("f", "a")
+        self.assertGist((1, None))
+        self.assertIsNone(self.browser.call("a").token)
+
+    def test_a_stranger_has_one_say(self) -> None:
+        """Who is not known yet is hung up on after any error."""
+        self.meet(None)
+        self.ask("taskd.auth", id=1)
+        self.assertGist((1, "bad-arguments"))
+        self.assertEqual(self.browser.hang_ups, [(UNAUTHORIZED, "bad-arguments")])
+
+    def test_answers_that_wait(self) -> None:
+        """Behind a call without an id so many answers wait, and then it is over."""
+        self.meet(max_rate=1e6)
+        self.ask("f", "a")
+        for _ in range(5000):
+            self.ask("taskd.cancel", 7)
+        self.assertEqual(self.browser.hang_ups, [])
+        self.finish("a")
+        self.assertEqual(self.browser.hang_ups[0][0], POLICY)
+        self.assertLess(len(self.browser.replies), 1500)
 
     def test_what_is_no_token(self) -> None:
         """A token is one string."""

@@ -263,9 +263,9 @@ class GateTests(PagesTestCase):
         self.assertEqual(other.answer.status, 401)
 
     def test_wrong_tokens(self) -> None:
-        """Each wrong token is looked at later than the last; the right one from there, too."""
+        """Each wrong token is looked at, and answered, later; the right one from there, too."""
         waits = [self.waits("wrong") for _ in range(6)]
-        self.assertEqual(waits, [0, 0.5, 1, 2, 4, 4])
+        self.assertEqual(waits, [0.5, 1.5, 3, 6, 8, 8])
         self.assertEqual(self.world.figures.get("refused_identity"), 6)
         self.assertEqual(self.waits(WATCHING), 4)
 

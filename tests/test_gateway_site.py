@@ -169,6 +169,7 @@ class World:
             self.loop,
             self.loop.seconds,
             self.backend,
+            asks=self.door.asks,
         )
         self.feed = FeedFactory(
             self.settings, self.figures, self.site.left, self.loop, self.loop.seconds

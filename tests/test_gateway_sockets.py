@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import given, settings
@@ -402,6 +403,68 @@ class MistakeTests(SocketsTestCase):
         self.assertEqual(self.counts(), (0, 0, 0))
         self.assertEqual(self.world.slot.callers, {})
         self.assertEqual(self.flushLoggedErrors(), [])
+
+
+class WholeFrameTests(SocketsTestCase):
+    """What is one whole frame goes past autobahn, and nobody can tell the difference."""
+
+    def outcome(self, data: bytes, cuts: list[int], *, by_autobahn: bool) -> tuple[Any, ...]:
+        """Send bytes in pieces; give what came back, and what the conversation took."""
+        self.meet()
+        page = self.page()
+        socket = page.socket
+        if by_autobahn:
+            socket._take_whole = lambda given: given
+        taken: list[bytes] = []
+        receive = socket.conversation.receive
+
+        def take(message: bytes) -> None:
+            taken.append(message)
+            receive(message)
+
+        socket.conversation.receive = take
+        for begin, end in pairwise([0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]):
+            if not page.transport.disconnecting:
+                page.say(data[begin:end])
+        self.world.settle(1)
+        frames, state = page.frames, socket.state
+        page.go()
+        self.flushLoggedErrors()
+        return taken, frames, state
+
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from(
+                    [
+                        *(b"", b'{"function":"now","id":1}', b"x", b"\x03\xe8", b"\xff"),
+                        *(b" " * 125, b" " * 126, b" " * 300, b" " * (LONGEST + 1)),
+                        b'{"function":"taskd.cancel","args":[1],"id":2}',
+                    ]
+                ),
+                st.sampled_from([TEXT, TEXT, TEXT, TEXT, 0, BINARY, CLOSE, PING, PONG, 3]),
+                st.sampled_from([True, True, True, False]),
+                st.sampled_from([True, True, True, True, True, False]),
+            ).map(lambda each: frame(each[0], each[1], is_last=each[2], is_masked=each[3])),
+            max_size=8,
+        ).map(b"".join),
+        st.lists(st.integers(0, 4000), max_size=4),
+    )
+    def test_like_autobahn(self, data: bytes, cuts: list[int]) -> None:
+        """The same messages come of the same bytes, cut wherever, and the same answers."""
+        self.assertEqual(
+            self.outcome(data, cuts, by_autobahn=False), self.outcome(data, cuts, by_autobahn=True)
+        )
+
+    def test_it_is_taken(self) -> None:
+        """A whole frame does go past autobahn, of every length that it can have."""
+        self.meet()
+        page = self.page()
+        page.socket._dataReceived = self.fail
+        for size in (60, 125, 126, 127, 1000):
+            message = b'{"function":"taskd.cancel","args":["%b"]}'
+            page.say(frame(message % (b"a" * (size - len(message) + 2))))
+        self.assertEqual(page.messages, [False] * 5)
 
 
 class EndTests(SocketsTestCase):

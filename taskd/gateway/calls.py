@@ -35,6 +35,7 @@ from taskd.wire import Args, decode
 __all__ = ["CallPage", "Identities"]
 
 _OF_A_CONNECTION: Final = frozenset({AUTH, CANCEL})
+_QUERY: Final = "a query has timeout=SECONDS and cancel_on_disconnect=true or false, once"
 
 
 class Identities:
@@ -61,7 +62,7 @@ class Identities:
             token that it has shown, or ''.
         """
         visitor = Visitor(self._door, request.getClientAddress())
-        token = token_of(request, self._cookie)
+        token = token_of(request, self._cookie) if self._door.asks else ""
         if not token:
             return succeed((visitor, self._door.unasked, ""))
         found: Deferred[tuple[Visitor, Grant | None, str]] = Deferred()
@@ -229,6 +230,9 @@ def _order_of(request: Any) -> _Order:
     function = b"/".join(request.postpath).decode("utf-8", "replace")
     if not function:
         raise Malformed("name the function in the path: /call/FUNCTION")
+    query = request.uri.partition(b"?")[2]
+    if query and len(query.split(b"&")) != sum(map(len, request.args.values())):
+        raise Malformed(_QUERY)  # twisted.web drops what has no value
     timeout, ends_with_caller = None, False
     for name, values in request.args.items():
         value = values[0].decode("latin-1")
@@ -237,9 +241,7 @@ def _order_of(request: Any) -> _Order:
         elif name == b"cancel_on_disconnect" and len(values) == 1 and value in ("true", "false"):
             ends_with_caller = value == "true"
         else:
-            raise Malformed(
-                "a query has timeout (seconds) and cancel_on_disconnect (true or false), once"
-            )
+            raise Malformed(_QUERY)
     if function in _OF_A_CONNECTION:
         # Many callers share the connections to the daemon, and must not speak for it.
         raise UnknownFunction(f"{function} concerns a WebSocket; there is none here")

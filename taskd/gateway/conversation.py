@@ -51,6 +51,9 @@ RESTART: Final = 1012
 UNAUTHORIZED: Final = 4401
 """Codes that a WebSocket is closed with (RFC 6455, section 7.4; 4000 and above are ours)."""
 
+_MOST_ANSWERS: Final = 1000
+"""So many answers may wait for their turn, beside those of calls."""
+
 _TRY_AGAIN_SECONDS: Final = 0.5
 
 
@@ -163,7 +166,10 @@ class Conversation:
         except Malformed as error:
             self._end(error.id_json, error, POLICY)
         except CallError as error:
-            self._fail(id_json, error)
+            if self._grant is None:  # who is not known has had its say
+                self._end(id_json, error, UNAUTHORIZED)
+            else:
+                self._fail(id_json, error)
 
     def _is_allowed(self, name: str) -> bool:
         grant = self._grant
@@ -263,6 +269,9 @@ class Conversation:
             turn = _Call("", ABSENT, _NO_TERMS)
             turn.reply = reply[:-1]
             self._in_order.append(turn)
+            if len(self._in_order) > self._max_in_flight + _MOST_ANSWERS and not self._is_ending:
+                self._is_ending = True
+                self._close_with = POLICY, "too many answers wait for their turn"
 
     def _fail(self, id_json: str, error: CallError) -> None:
         self._figures.add("failed")
@@ -302,7 +311,8 @@ class Conversation:
                 return
             self._grant = grant
             self._tenant.leave()
-            self._tenant = self._backend.tenant(token)
+            # Where nobody is asked for a token, none was looked at.
+            self._tenant = self._backend.tenant(token if grant.token else "")
             self._emit(id_json, encode_result(id_json, grant.identity or None))
             for message in unread or ():
                 self.receive(message)

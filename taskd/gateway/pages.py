@@ -120,13 +120,20 @@ class Gate:
             if token:
                 self._figures.add("refused_identity")
                 self._penalties.failed(host, self._reactor.seconds())
+            self._later(host if token else None, ask)
+
+        def ask() -> None:
             if is_there:
                 request.setHeader(b"www-authenticate", b'Basic realm="taskd dashboard"')
                 refuse(request, Unauthorized("a token is needed here"), NOT_KNOWN)
 
-        wait = self._penalties.seconds(host, self._reactor.seconds()) if token else 0.0
-        deferLater(self._reactor, wait, look)
+        self._later(host if token else None, look)
         return NOT_DONE_YET
+
+    def _later(self, host: str | None, act: Callable[[], None]) -> None:
+        """Do something, late if there were wrong tokens from a host."""
+        wait = 0.0 if host is None else self._penalties.seconds(host, self._reactor.seconds())
+        deferLater(self._reactor, wait, act)
 
     def prepare(self, request: Any) -> Deferred[dict[str, Any] | None]:
         """Find out whether who opens the feed may see it."""

@@ -125,7 +125,13 @@ class Gateway:
         root = Dashboard(gate if settings.dashboard else None)
         self.site = GatewaySite(root, origins, figures, settings.max_message_bytes, reactor)
         self._browsers = BrowserFactory(
-            settings, figures, self.site.left, reactor, time.monotonic, self._backend
+            settings,
+            figures,
+            self.site.left,
+            reactor,
+            time.monotonic,
+            self._backend,
+            asks=door.asks,
         )
         self._feed = FeedFactory(settings, figures, self.site.left, reactor, time.monotonic)
         self._feed.greet = self._watch.greeting

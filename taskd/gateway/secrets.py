@@ -53,7 +53,7 @@ class Secrets:
                 )
         return cls(
             tokens=read_tokens(settings.token_file) if settings.token_file else (),
-            watchers=read_tokens(settings.dashboard_token_file)
+            watchers=read_tokens(settings.dashboard_token_file, "--dashboard-token")
             if settings.dashboard_token_file
             else (),
             own_token=own_token,

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
-from autobahn.websocket.protocol import PreparedMessage
 from twisted.internet.interfaces import IDelayedCall, IPushProducer
 from zope.interface import implementer
 
@@ -67,6 +66,23 @@ class _Quiet:
     trace = debug = info = warn = error = critical = failure = _drop
 
 
+_TEXT: Final = 0x81
+_MASKED: Final = 0x80
+_LONG: Final = 126
+_LONGER: Final = 127
+_LEAST_FRAME_BYTES: Final = 6
+"""A text message in one frame: its first byte, and how its length is told (RFC 6455, 5.2)."""
+
+
+def _text_frame(message: bytes) -> bytes:
+    size = len(message)
+    if size < _LONG:
+        return b"%c%c%b" % (_TEXT, size, message)
+    if size < 2**16:
+        return b"%c%c%b%b" % (_TEXT, _LONG, size.to_bytes(2, "big"), message)
+    return b"%c%c%b%b" % (_TEXT, _LONGER, size.to_bytes(8, "big"), message)
+
+
 @implementer(IPushProducer)
 class _Socket(WebSocketServerProtocol):
     """
@@ -79,6 +95,7 @@ class _Socket(WebSocketServerProtocol):
     has_begun = False
     log = _Quiet()
     autoPingTimeout: float
+    maxMessagePayloadSize: int  # noqa: N815
     closeHandshakeTimeout: float
     _is_behind = _is_held = False
     _frames: Rate
@@ -106,6 +123,10 @@ class _Socket(WebSocketServerProtocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes; autobahn's own method first puts together what it would log of them."""
+        if self.state == self.STATE_OPEN and self.current_frame is None and not self.data:
+            data = self._take_whole(data)
+            if not data:
+                return
         self._dataReceived(data)
 
     def onFrameBegin(self) -> None:
@@ -118,6 +139,47 @@ class _Socket(WebSocketServerProtocol):
     def onMessageFrame(self, payload: Any) -> None:
         """Take a frame's parts; autobahn would keep empty ones, too, of which there is no end."""
         super().onMessageFrame(cast(Any, [part for part in payload if part]))
+
+    def _take_whole(self, data: bytes) -> bytes:
+        """
+        Take the messages that come first and are one whole frame each; give what is behind them.
+
+        Nearly all are. Autobahn, which takes the rest, is in no hurry with them.
+
+        Source:
+            64 calls in flight: 44 us of CPU for each instead of 58 (schedstat).
+        """
+        start, end = 0, len(data)
+        while end - start >= _LEAST_FRAME_BYTES and data[start] == _TEXT:
+            size, mask_at = data[start + 1] - _MASKED, start + 2
+            if size == _LONG:
+                mask_at += 2
+                size = int.from_bytes(data[start + 2 : mask_at], "big")
+                if size < _LONG:
+                    break
+            elif not 0 <= size < _LONG:
+                break
+            begin = mask_at + 4
+            if self.inside_message or size > self.maxMessagePayloadSize or end - begin < size:
+                break
+            start = begin + size
+            mask = (data[mask_at:begin] * (size // 4 + 1))[:size]
+            payload = int.from_bytes(data[begin:start], "little") ^ int.from_bytes(mask, "little")
+            if self._frames.wait(self.factory.clock()):
+                self.dropConnection(abort=True)
+                return b""
+            if self.autoPingTimeoutCall is not None and self.autoPingRestartOnAnyTraffic:
+                self._cancelAutoPingTimeoutCall()
+            self.onMessage(payload.to_bytes(size, "little"), False)
+            if self.state != self.STATE_OPEN:
+                break
+        return data[start:]
+
+    def onMessageEnd(self) -> None:
+        """Give a message; autobahn's own method makes two Deferreds more, for its listeners."""
+        if not self.failedByMe:
+            self.onMessage(b"".join(self.message_data), self.message_is_binary)
+        self.message_data = []
 
     def onClose(self, was_clean: bool, code: int | None, reason: str | None) -> None:
         """Take it that the connection is gone; nothing comes behind this."""
@@ -135,8 +197,8 @@ class _Socket(WebSocketServerProtocol):
         """Send a text message, unless it is too late for that."""
         if self.has_begun and self.state == self.STATE_OPEN:
             # Autobahn's sendMessage would hold it to the limit for what comes in.
-            self.transport.write(PreparedMessage(message, False, False, True).payloadHybi)
-            if self.transport.unsent_bytes > _MOST_UNSENT_BYTES:
+            is_sent = self.transport.write(_text_frame(message))
+            if not is_sent and self.transport.unsent_bytes > _MOST_UNSENT_BYTES:
                 self.transport.abortConnection()
 
     def report(self, message: bytes) -> None:
@@ -238,7 +300,7 @@ class _Factory(WebSocketServerFactory):
         reactor: Any,
         clock: Callable[[], float],
     ) -> None:
-        super().__init__(reactor=reactor, protocols=[_SUBPROTOCOL])  # type: ignore[no-untyped-call]
+        super().__init__(reactor=reactor, protocols=[_SUBPROTOCOL], server="taskd")  # type: ignore[no-untyped-call]
         self._batched_timer = _Timers(reactor)
         self.max_frame_rate = settings.max_rate + _MORE_FRAMES_A_SECOND
         self.call_later = reactor.callLater
@@ -315,6 +377,9 @@ class BrowserSocket(_Socket):
 
     def identify(self, token: str, done: Callable[[Grant | None], None]) -> None:
         """Find out what a token grants, and read nothing meanwhile."""
+        if not self.factory.asks:
+            done(self.grant)
+            return
         self._hold(True)
 
         def identified(grant: Grant | None) -> None:
@@ -341,6 +406,7 @@ class BrowserFactory(_Factory):
         reactor: Keeps the delays.
         clock: Gives seconds that never go back.
         backend: Where the calls go.
+        asks: Whether callers must show a token; otherwise none is looked at.
     """
 
     protocol = BrowserSocket
@@ -353,9 +419,12 @@ class BrowserFactory(_Factory):
         reactor: Any,
         clock: Callable[[], float],
         backend: Backend,
+        *,
+        asks: bool,
     ) -> None:
         super().__init__(settings, figures, gone, reactor, clock)
         self._backend = backend
+        self.asks = asks
         self._limits = Limits(settings.max_in_flight, settings.max_rate)
         self._is_draining = False
 

@@ -212,6 +212,13 @@ class GatewaySupervisor(Service):
         if self._has_one(process.number):
             if not process.is_ready:
                 self._reload_failed(process, describe_end(status))
+            else:
+                self._log.error(
+                    "process {number} (pid {pid}) {end}, while its successor begins",
+                    number=process.number + 1,
+                    pid=process.pid,
+                    end=describe_end(status),
+                )
             return
         lived = self._reactor.seconds() - process.born
         delay = self._births[process.number].died(lived)

@@ -370,7 +370,7 @@
           const words = { 5: "5 min ago", 0: "now" }[ago] || String(ago);
           return [
             draw("line", { class: "grid", x1: at, x2: at, y1: bottom, y2: bottom + em * 0.35 }),
-            label(at, bottom + em * 1.45, ago ? "middle" : "end", words),
+            label(Math.max(at, em * 2.6), bottom + em * 1.45, ago ? "middle" : "end", words), // The first is long.
           ];
         }),
       );
@@ -767,7 +767,7 @@
     setFigure("fig-done", [rate(done), ""], ended ? `${count(ended)} since the start` : "");
     setFigure("fig-failed", [rate(failed), ""], done + failed > 0 ? `${share(failed, done + failed)} of what ended` : "", failed / (done + failed) >= ALARMING_SHARE);
     setFigure("fig-waiting", [count(waiting), ""], oldest ? `the oldest for ${elapsed(oldest)}` : waiting === 0 ? "nothing waits" : "");
-    setText(byId("fig-busy").querySelector("dt"), total ? `Busy of ${count(total)} workers` : "Busy workers");
+    setText(byId("fig-busy").querySelector("dt"), total ? `Busy of ${count(total)} worker${total === 1 ? "" : "s"}` : "Busy workers");
     setFigure("fig-busy", [total ? count(workers.busy || 0) : NONE, ""], others.join(", ") || (total ? "none to spare" : ""));
     setFigure("fig-latency", durationParts(p95), isNumber(p50) ? `p50 ${duration(p50)}, p99 ${duration(p99)}` : "");
   }
