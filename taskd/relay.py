@@ -18,7 +18,7 @@ from twisted.logger import Logger
 from taskd.call import Call
 from taskd.errors import CallError, Cancelled, Overloaded, WorkerLost, error_from_wire
 from taskd.executor import Executor
-from taskd.functions import Registry
+from taskd.functions import RESERVED_PREFIX, Registry
 from taskd.link import Offer, Reader, decode_due
 from taskd.scoreboard import Scoreboard
 from taskd.throttle import Throttle
@@ -224,7 +224,8 @@ class Relay:
             self._reply(number, error.code, None, encode_error(id_json, error))
             return
         pending = None
-        if function.runs_at_once and terms is NO_TERMS:
+        # The daemon's own functions are over at once: a limit is nothing to them.
+        if function.runs_at_once and (terms is NO_TERMS or name.startswith(RESERVED_PREFIX)):
             became: list[tuple[str | None, float]] = []
             outcome = self._executor.call_now(
                 function, positional, keywords, id_json, None, lambda *what: became.append(what)

@@ -34,7 +34,7 @@ from taskd.errors import (
     Unauthorized,
     UnknownFunction,
 )
-from taskd.functions import Function, Kind, Registry
+from taskd.functions import RESERVED_PREFIX, Function, Kind, Registry
 from taskd.wire import (
     ABSENT,
     NO_TERMS,
@@ -203,7 +203,8 @@ class Session:
             self._answer_error(id_json, error)
             return
         pending = None
-        if function.runs_at_once and terms is NO_TERMS:
+        # The daemon's own functions are over at once: a limit is nothing to them.
+        if function.runs_at_once and (terms is NO_TERMS or name.startswith(RESERVED_PREFIX)):
             outcome = self._runner.call_now(function, positional, keywords, id_json, self._origin)
             if isinstance(outcome, bytes):
                 if id_json or not self._in_order:

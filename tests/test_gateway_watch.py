@@ -69,13 +69,13 @@ class LookTests(WatchTestCase):
         """The next look begins a second after the last one, and not before that has ended."""
         self.watch.start()
         daemons = self.accept()
-        self.loop.advance(1.5)
+        self.loop.advance(0.9)
         self.assertEqual([len(daemon.requests) for daemon in daemons], [1, 1])
         for daemon in daemons:
             self.answer(daemon, result={})
             self.answer(daemon, result=[])
         self.assertEqual(len(self.shown), 1)
-        self.loop.advance(0)
+        self.loop.advance(0.1)
         for daemon in daemons:
             self.assertEqual(len(daemon.requests), 3)
             self.answer(daemon, result={})
@@ -89,18 +89,38 @@ class LookTests(WatchTestCase):
         """A daemon that does not tell, and one that is not there, are shown so, each alone."""
         self.watch.start()
         daemon = self.endpoints[0].accept()
-        self.answer(daemon, error=NOBODY)
+        answered = 0
         for _ in range(40):
             for number in self.endpoints[1].open_attempts:
                 self.endpoints[1].refuse(ConnectError(string="no"), number)
             self.loop.advance(0.25)
-            if self.shown:
-                break
-        first, second = self.shown[0]["nodes"]
+            for request in daemon.requests[answered:]:
+                daemon.send(id=request["id"], error=NOBODY)
+            answered = len(daemon.requests)
+        first, second = self.shown[-1]["nodes"]
         self.assertEqual(first["error"], "the daemon does not tell: not for you")
         self.assertTrue(second["error"].startswith("the daemon cannot be reached: "), second)
         self.assertEqual((first["status"], second["status"]), (None, None))
         self.assertEqual(self.watch.greeting()["history"], [])
+
+    def test_one_that_is_slow(self) -> None:
+        """Who does not answer keeps the others' news for a second, and is shown when it does."""
+        self.watch.start()
+        first, second = self.accept()
+        for seconds in range(1, 4):
+            self.answer(first, result={"functions": []})
+            self.answer(first, result=[])
+            self.loop.advance(1)
+            self.assertEqual(len(self.shown), seconds)
+            self.assertEqual(self.shown[-1]["nodes"][1]["error"], "the daemon does not answer")
+            self.assertIsNotNone(self.shown[-1]["nodes"][0]["status"])
+        self.assertEqual(len(second.requests), 1)
+        self.answer(second, result={"functions": []})
+        self.answer(second, result=[])
+        self.answer(first, result={"functions": []})
+        self.answer(first, result=[])
+        self.loop.advance(1)
+        self.assertIsNone(self.shown[-1]["nodes"][1]["error"])
 
     def test_no_failures(self) -> None:
         """A daemon that tells its status and no failures is shown with what it tells."""
@@ -132,5 +152,5 @@ class StatusTests(WatchTestCase):
         first, _ = self.accept()
         self.answer(first, result={"x": 1})
         self.assertNoResult(asked)
-        self.loop.advance(7)
+        self.loop.advance(3)
         self.assertEqual(self.successResultOf(asked), {"a": {"x": 1}, "b": None})

@@ -387,6 +387,12 @@ class EndTests(SessionTestCase):
             self.ask("taskd.ping", id=2)
             self.assertEqual(self.peer.gist[-1], (2, "draining"))
 
+    def test_own_functions_and_limits(self) -> None:
+        """What the daemon tells about itself is told at once, whatever time it is given."""
+        self.ask("taskd.ping", id=1, timeout=5)
+        self.assertEqual(self.peer.gist, [(1, "draining")])
+        self.assertEqual(self.runner.held, {})
+
     def test_goodbye(self) -> None:
         """A session that is to say goodbye does so once, behind all that it owes."""
         self.ask("later", "a")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from twisted.internet.defer import Deferred, gatherResults, succeed
+from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from taskd import __version__
 from taskd.client import TaskClient
+from taskd.errand import stop
 from taskd.errors import CallError, TaskdError
 from taskd.gateway.figures import GAUGES, Figures
 from taskd.gateway.history import History, is_readable
@@ -21,6 +24,10 @@ _INTERVAL_SECONDS: Final = 1.0
 _ANSWER_SECONDS: Final = 6.0
 """More than a client waits for a connection (``process``), which would be told as slowness."""
 
+_PATIENCE_SECONDS: Final = 1.0
+"""So long the others wait for one that does not answer."""
+
+_METRICS_SECONDS: Final = 2.0
 _FAILURES: Final = 50
 
 
@@ -64,6 +71,7 @@ class Watch:
     ) -> None:
         self._reactor = reactor
         self._nodes = nodes
+        self._eyes = [_Eye(reactor, node.name, partial(self._look_at, node)) for node in nodes]
         self._figures = figures
         self._clock = clock
         self._wall_clock = wall_clock
@@ -99,7 +107,7 @@ class Watch:
             Fires with what ``taskd.status`` tells by daemon; None: it does not answer.
         """
         names = [node.name for node in self._nodes]
-        asked = [self._ask(node, "taskd.status", {}) for node in self._nodes]
+        asked = [self._ask(node, "taskd.status", {}, _METRICS_SECONDS) for node in self._nodes]
         return gatherResults(asked).addCallback(
             lambda told: {
                 name: one if is_readable(one) else None
@@ -107,9 +115,11 @@ class Watch:
             }
         )
 
-    def _ask(self, node: Node, function: str, args: dict[str, Any]) -> Deferred[Any]:
+    def _ask(
+        self, node: Node, function: str, args: dict[str, Any], seconds: float = _ANSWER_SECONDS
+    ) -> Deferred[Any]:
         """Ask a daemon; the Deferred fires with an exception, and does not fail."""
-        called = node.client.call_with(function, args, timeout=_ANSWER_SECONDS)
+        called = node.client.call_with(function, args, timeout=seconds)
 
         def give(failure: Failure) -> Exception:
             failure.trap(TaskdError)
@@ -119,7 +129,7 @@ class Watch:
         return called.addErrback(give)
 
     def _look_and_show(self) -> Deferred[Any]:
-        return gatherResults([self._look_at(node) for node in self._nodes]).addCallback(self._tell)
+        return gatherResults([eye.see() for eye in self._eyes]).addCallback(self._tell)
 
     def _look_at(self, node: Node) -> Deferred[dict[str, Any]]:
         seen: dict[str, Any] = {"name": node.name, "error": None, "status": None, "failures": None}
@@ -155,3 +165,60 @@ class Watch:
             "refused": sum(count for name, count in totals.items() if name.startswith("refused_")),
         }
         self.show({"kind": "now", "sample": sample, "nodes": seen, "gateway": gateway})
+
+
+class _Eye:
+    """
+    Looks at one daemon, of which the others' news do not wait for long.
+
+    Args:
+        reactor: Keeps the patience.
+        name: The daemon's.
+        look: Looks at it; the Deferred does not fail.
+    """
+
+    def __init__(
+        self, reactor: Any, name: str, look: Callable[[], Deferred[dict[str, Any]]]
+    ) -> None:
+        self._reactor = reactor
+        self._look = look
+        self._nothing = {"name": name, "error": "", "status": None, "failures": None}
+        self._trouble = ""
+        self._is_looking = False
+        self._seen: dict[str, Any] | None = None
+        self._waiting: Deferred[dict[str, Any]] | None = None
+        self._patience: IDelayedCall | None = None
+
+    def see(self) -> Deferred[dict[str, Any]]:
+        """
+        Give what there is to see.
+
+        Returns:
+            Fires with what a look has found, or soon with an error: it takes long.
+        """
+        if not self._is_looking and self._seen is None:
+            self._is_looking = True
+            self._look().addCallback(self._has_seen)
+        if self._seen is not None:
+            seen, self._seen = self._seen, None
+            return succeed(seen)
+        self._waiting = Deferred()
+        self._patience = self._reactor.callLater(_PATIENCE_SECONDS, self._give_up)
+        return self._waiting
+
+    def _has_seen(self, seen: dict[str, Any]) -> None:
+        self._is_looking = False
+        self._trouble = seen["error"] or ""
+        if self._waiting is None:  # nobody has waited for it so long: it is for the next
+            self._seen = seen
+        else:
+            stop(self._patience)
+            self._answer(seen)
+
+    def _give_up(self) -> None:
+        self._answer({**self._nothing, "error": self._trouble or "the daemon does not answer"})
+
+    def _answer(self, seen: dict[str, Any]) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.callback(seen)

@@ -20,8 +20,9 @@ import re
 import socket
 import ssl
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -91,9 +92,14 @@ class WebSocket:
     def __init__(self, connected: ClientConnection) -> None:
         self.connected = connected
 
-    def send(self, data: str | bytes) -> None:
-        """Send a message as it is: text, or binary if it is bytes."""
-        self.connected.send(data)
+    def send(self, data: str | bytes | Iterable[str]) -> None:
+        """
+        Send a message as it is: text, binary if it is bytes, or text in frames.
+
+        If the gateway has closed meanwhile, that is for who reads next.
+        """
+        with contextlib.suppress(ConnectionClosed):
+            self.connected.send(data)
 
     def request(self, function: str, args: Any = (), **members: Any) -> None:
         """Send one request; *members* are ``id``, ``timeout``, ``priority`` and so on."""
@@ -293,7 +299,7 @@ class Gateway(Daemon):
         return serving if len(serving) == self.procs == len(children_of(self.pid)) else {}
 
     def serving(self) -> dict[int, int]:
-        """Give the pids of the processes that accept connections, by their numbers."""
+        """Give the pids of the processes, by their numbers; of one that still drains its heir's."""
         titles = {
             child.pid: re.fullmatch(r"taskd-gateway: process (\d+)", child.title)
             for child in children_of(self.pid)
@@ -301,6 +307,17 @@ class Gateway(Daemon):
         return {int(title[1]): pid for pid, title in titles.items() if title is not None}
 
     workers = serving
+
+    def process_of(self, local: socket.socket) -> int | None:
+        """Tell which process has the other end of a connection; None: it is gone."""
+        local_port = local.getsockname()[1]
+        for line in Path("/proc/net/tcp").read_text(encoding="utf-8").splitlines()[1:]:
+            fields = line.split()
+            ends = [int(place.rpartition(":")[2], 16) for place in fields[1:3]]
+            if ends == [self.port, local_port]:
+                pids = [process.pid for process in self.processes()]
+                return _holder_of(f"socket:[{fields[9]}]", pids)
+        return None
 
     # What it is asked.
 
@@ -388,6 +405,21 @@ class Gateway(Daemon):
             lambda: self.metrics().get(f"taskd_gateway_{name}") == value,
             what=f"taskd_gateway_{name} {value}",
         )
+
+
+def _holder_of(file: str, pids: list[int]) -> int | None:
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            if any(_leads_to(link, file) for link in list(Path(f"/proc/{pid}/fd").iterdir())):
+                return pid
+    return None
+
+
+def _leads_to(link: Path, file: str) -> bool:
+    try:
+        return os.readlink(link) == file
+    except FileNotFoundError:  # closed meanwhile
+        return False
 
 
 def _labels_text(labels: Mapping[str, str]) -> str:
