@@ -12,6 +12,8 @@
  *   -l LINE     the request, without its newline (default {"function":"echo","args":[1,2]})
  *   -e TEXT     a reply in which TEXT does not occur counts as an error
  *   -o          one connection per request: connect, send, read the reply, close
+ *   -u PATH     speak WebSocket (RFC 6455), at that path: LINE and each reply are a text message.
+ *               Not with -o; pings are not answered
  *   -s COUNT    with -o, rotate over 127.0.1.1 ... 127.0.1.COUNT as source addresses, so that
  *               connections in TIME_WAIT do not use up the ports of one address (default 64)
  *
@@ -55,8 +57,10 @@
 #define FIRST_SOURCE 0x7f000101u /* 127.0.1.1 */
 
 enum {
+    TEXT_FRAME = 0x81, /* the first byte of a text message in one frame */
     EVENTS_PER_WAIT = 256,
     INPUT_BYTES = 1 << 16, /* a longer reply is an error */
+    MAX_FRAME_HEAD = 8,    /* of what is sent: 65535 bytes at most, masked */
     MAX_ERRORS = 10000,    /* give up: the server is gone */
     MAX_SOURCES = 254,
 };
@@ -131,11 +135,12 @@ struct options {
     int port, connections, depth, sources;
     double seconds, warm_up;
     uint64_t limit; /* 0: none */
-    const char *line, *expect;
+    const char *line, *expect, *path; /* path: of a WebSocket, or NULL */
     bool reconnect;
 };
 
-/* What a slot sends: the request line with its newline, the slot's number in place of %ID%. */
+/* What a slot sends: the request line with its newline, the slot's number in place of %ID%; or the
+ * frame that holds it. */
 struct request {
     char *text;
     size_t size;
@@ -146,6 +151,7 @@ struct request {
 struct connection {
     int fd; /* -1: closed */
     bool wants_write;
+    bool is_ready; /* requests may be sent: for a WebSocket, the handshake is over */
     int in_flight;
     uint64_t *sent_at; /* by slot; 0: free */
     int *free_slots;   /* with ids */
@@ -160,6 +166,7 @@ struct load {
     struct options options;
     bool with_ids;
     struct request *requests; /* by slot */
+    struct request handshake; /* of a WebSocket */
     size_t output_bytes;
     struct connection *connections;
     int epoll;
@@ -269,7 +276,7 @@ static void lose_connection(struct load *load, struct connection *conn)
 /* Queue requests until the connection's depth is reached. */
 static void fill(struct load *load, struct connection *conn, uint64_t now)
 {
-    while (conn->in_flight < load->options.depth && may_send(load)) {
+    while (conn->is_ready && conn->in_flight < load->options.depth && may_send(load)) {
         int slot = take_slot(load, conn);
         const struct request *request = &load->requests[slot];
         if (conn->output_end + request->size > load->output_bytes) {
@@ -341,6 +348,11 @@ static void open_connection(struct load *load, struct connection *conn)
         return;
     }
     watch(load, conn, EPOLL_CTL_ADD, false);
+    conn->is_ready = !load->options.path;
+    if (!conn->is_ready) {
+        memcpy(conn->output, load->handshake.text, load->handshake.size);
+        conn->output_end = load->handshake.size;
+    }
     fill(load, conn, now);
     flush(load, conn); /* over loopback the handshake is over by now; else EPOLLOUT will tell */
 }
@@ -364,18 +376,61 @@ static void take_reply(struct load *load, struct connection *conn, const char *r
     give_slot_back(load, conn, slot);
 }
 
+/* Find the first reply in the input; return where what follows it begins, or NULL if it is not
+ * complete.  A frame that is no text, or is none of its own, is given as an empty reply. */
+static const char *next_reply(const struct load *load, const char *input, const char *end,
+                              const char **reply, size_t *size)
+{
+    const unsigned char *head = (const unsigned char *)input;
+    *reply = input;
+    if (!load->options.path) {
+        const char *newline = memchr(input, '\n', (size_t)(end - input));
+        *size = newline ? (size_t)(newline - input) : 0;
+        return newline ? newline + 1 : NULL;
+    }
+    if (end - input < 2 || (head[1] == 126 && end - input < 4))
+        return NULL;
+    *reply += head[1] == 126 ? 4 : 2;
+    *size = head[1] == 126 ? (size_t)head[2] << 8 | head[3] : head[1];
+    if (head[1] > 126 || *size > (size_t)(end - *reply)) /* longer than the buffer, or to come */
+        return NULL;
+    const char *next = *reply + *size;
+    if (head[0] != TEXT_FRAME)
+        *size = 0;
+    return next;
+}
+
+/* Take the answer to a WebSocket's handshake out of the input, once it is complete. */
+static void take_handshake(struct load *load, struct connection *conn)
+{
+    const char *end = memmem(conn->input, conn->input_size, "\r\n\r\n", 4);
+    if (!end)
+        return;
+    if (conn->input_size < 12 || memcmp(conn->input, "HTTP/1.1 101", 12) != 0) {
+        lose_connection(load, conn);
+        return;
+    }
+    end += 4;
+    conn->input_size -= (size_t)(end - conn->input);
+    memmove(conn->input, end, conn->input_size);
+    conn->is_ready = true;
+}
+
 /* Take every complete reply out of the input; return how many there were. */
 static int take_replies(struct load *load, struct connection *conn, uint64_t now)
 {
-    const char *line = conn->input, *end = conn->input + conn->input_size, *newline;
+    const char *start = conn->input, *end = conn->input + conn->input_size, *reply, *next;
+    size_t size;
     int count = 0;
-    while ((newline = memchr(line, '\n', (size_t)(end - line)))) {
-        take_reply(load, conn, line, (size_t)(newline - line), now);
-        line = newline + 1;
-        count++;
+    while ((next = next_reply(load, start, end, &reply, &size))) {
+        if (size > 0 || !load->options.path) {
+            take_reply(load, conn, reply, size, now);
+            count++;
+        }
+        start = next;
     }
-    conn->input_size = (size_t)(end - line);
-    memmove(conn->input, line, conn->input_size);
+    conn->input_size = (size_t)(end - start);
+    memmove(conn->input, start, conn->input_size);
     return count;
 }
 
@@ -391,6 +446,10 @@ static void receive(struct load *load, struct connection *conn)
     }
     uint64_t now = now_ns();
     conn->input_size += (size_t)size;
+    if (!conn->is_ready)
+        take_handshake(load, conn);
+    if (!conn->is_ready)
+        return;
     int replies = take_replies(load, conn, now);
     if (load->options.reconnect) {
         if (replies > 0)
@@ -413,6 +472,40 @@ static void handle(struct load *load, struct connection *conn, uint32_t events)
 
 /* ---- start, middle, end ---------------------------------------------------------------------- */
 
+/* Put a request, without its newline, into a WebSocket's frame. */
+static void put_in_frame(struct request *request)
+{
+    static const unsigned char mask[4] = {0x37, 0xfa, 0x21, 0x3d};
+    size_t size = request->size - 1, head = 2;
+    unsigned char *frame = allocate(size + MAX_FRAME_HEAD, 1);
+    frame[0] = TEXT_FRAME;
+    frame[1] = (unsigned char)(0x80 | (size < 126 ? size : 126));
+    if (size >= 126) {
+        frame[head++] = (unsigned char)(size >> 8);
+        frame[head++] = (unsigned char)size;
+    }
+    memcpy(frame + head, mask, sizeof mask);
+    head += sizeof mask;
+    for (size_t i = 0; i < size; i++)
+        frame[head + i] = (unsigned char)request->text[i] ^ mask[i % sizeof mask];
+    free(request->text);
+    *request = (struct request){.text = (char *)frame, .size = head + size};
+}
+
+static void prepare_handshake(struct load *load)
+{
+    int port = load->options.port;
+    int size = asprintf(&load->handshake.text,
+                        "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nOrigin: http://127.0.0.1:%d\r\n"
+                        "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+                        "Sec-WebSocket-Version: 13\r\n\r\n",
+                        load->options.path, port, port);
+    if (size < 0)
+        die("memory");
+    load->handshake.size = (size_t)size;
+}
+
 /* Write down, once for all, what each slot sends. */
 static void prepare_requests(struct load *load)
 {
@@ -432,10 +525,16 @@ static void prepare_requests(struct load *load)
         if (size < 0)
             die("memory");
         request->size = (size_t)size;
+        if (load->options.path)
+            put_in_frame(request);
         if (request->size > longest)
             longest = request->size;
     }
     load->output_bytes = longest * (size_t)load->options.depth;
+    if (load->options.path)
+        prepare_handshake(load);
+    if (load->output_bytes < load->handshake.size)
+        load->output_bytes = load->handshake.size;
 }
 
 static void prepare_connections(struct load *load)
@@ -543,7 +642,7 @@ static struct options parse_options(int argc, char **argv)
                               .warm_up = 0.5,
                               .line = "{\"function\":\"echo\",\"args\":[1,2]}"};
     int letter;
-    while ((letter = getopt(argc, argv, "p:c:d:t:w:n:l:e:os:")) != -1) {
+    while ((letter = getopt(argc, argv, "p:c:d:t:w:n:l:e:os:u:")) != -1) {
         switch (letter) {
         case 'p': options.port = (int)number(optarg, 1, 65535); break;
         case 'c': options.connections = (int)number(optarg, 1, 100000); break;
@@ -554,12 +653,15 @@ static struct options parse_options(int argc, char **argv)
         case 'l': options.line = optarg; break;
         case 'e': options.expect = optarg; break;
         case 'o': options.reconnect = true; break;
+        case 'u': options.path = optarg; break;
         case 's': options.sources = (int)number(optarg, 1, MAX_SOURCES); break;
         default: refuse("unknown option");
         }
     }
     if (options.port == 0 || optind < argc)
         refuse("-p PORT is needed, and nothing but options");
+    if (options.path && (options.reconnect || strlen(options.line) > 65000))
+        refuse("-u goes neither with -o nor with a LINE of more than 65000 bytes");
     if (options.reconnect)
         options.depth = 1;
     if (options.limit > 0)

@@ -24,6 +24,7 @@ from bench import QUIET_SHARE, Bench, Section
 from burst import burst
 from compare import connect, latency, pipelined
 from errors import BenchmarkError
+from gateway import gateway
 from generator import Generator
 from machine import CpuUse, describe_machine, foreign_share
 from report import Row
@@ -76,6 +77,11 @@ SECTIONS: Mapping[str, Section] = {
     "replace": Section(
         "1000 tasks/s over 8 connections while all 8 workers are replaced",
         replace,
+        has_reference=False,
+    ),
+    "gateway": Section(
+        "5000 WebSockets that stay, and the round trip of one beside that of a line, 2 workers",
+        gateway,
         has_reference=False,
     ),
 }

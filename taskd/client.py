@@ -27,6 +27,7 @@ from taskd.connection import TaskClientFactory, TaskClientProtocol
 from taskd.destination import Certificate, PemFile, endpoint_of
 from taskd.errand import Asked, Caller, Gate, OnProgress, Outstanding, stop, stopping
 from taskd.errors import ClientClosed, ConnectFailed
+from taskd.lines import unsent_bytes_of
 from taskd.node import Node, Way
 from taskd.trust import greeting
 from taskd.wire import Args, Terms
@@ -251,6 +252,13 @@ class TaskClient(Caller):
         """Send what waits for a connection on its way over one that has nothing else to do."""
         while self._gates and (best := self._best()) is not None and not best.in_flight:
             self._gates.popleft().callback(best)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Tell how many bytes of requests the daemons have not read."""
+        return sum(
+            unsent_bytes_of(way.connection.transport) for node in self._nodes for way in node.ways
+        )
 
     def close(self) -> Deferred[None]:
         """

@@ -182,8 +182,9 @@ class Dispatcher:
             Whether it had tasks of others, who are told and count them.
         """
         standing = self._peers.pop(peer, _Standing())
-        for number in standing.running:
-            task = self._tasks[number]
+        ran = [self._tasks[number] for number in standing.running]
+        is_told = any(task.origin not in (None, peer) for task in ran)
+        for task in ran:
             self._fail(task, WorkerLost("the worker that ran the task has died"))
         for task in [task for task in self._tasks.values() if task.origin is peer]:
             if task.offer.ends_with_caller:
@@ -191,7 +192,7 @@ class Dispatcher:
             else:
                 self._forget_origin(task)
         self._dispatch(now)
-        return bool(standing.running)
+        return is_told
 
     # What workers say.
 

@@ -152,7 +152,8 @@ class Visitor:
         return {**fields, "caller": self._caller} if self._caller else fields
 
     @property
-    def _host(self) -> str:
+    def host(self) -> str:
+        """Name its machine, as ``host_of`` does."""
         return host_of(self._address)
 
     def __str__(self) -> str:
@@ -179,14 +180,14 @@ class Visitor:
         """
 
         def look() -> None:
-            grant = self._door.by_token(self._host, token)
+            grant = self._door.by_token(self.host, token)
             if grant is None:
                 self._say("token", "a wrong token")
-                call_later(self._door.penalty(self._host), lambda: done(None))
+                call_later(self._door.penalty(self.host), lambda: done(None))
             else:
                 done(grant)
 
-        penalty = self._door.penalty(self._host)
+        penalty = self._door.penalty(self.host)
         if penalty:
             call_later(penalty, look)
         else:
@@ -240,7 +241,7 @@ class Visitor:
         self._say("unread", "it does not read its replies, and is cut off")
 
     def _say(self, kind: str, what: str) -> None:
-        key = (kind, what, self._host)
+        key = (kind, what, self.host)
         self._door.say(key, "{connection}: {reason}", reason=what, **self.about())
 
 

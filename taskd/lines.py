@@ -7,15 +7,25 @@ No meaning here: what a line says is for the session, the client and the link.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import sys
+import termios
 from typing import Any, Final
 
 from twisted.internet import tcp
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory
 from twisted.protocols.basic import LineReceiver
+from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 
-__all__ = ["EagerWrites", "LongLineReceiver", "OneConnection", "write_at_once"]
+__all__ = [
+    "EagerWrites",
+    "LongLineReceiver",
+    "OneConnection",
+    "unsent_bytes_of",
+    "write_at_once",
+]
 
 
 _FEW_PIECES: Final = 64
@@ -47,6 +57,19 @@ class EagerWrites:
     def unsent_bytes(self) -> int:
         """Tell how much waits."""
         return len(self.dataBuffer) + self._tempDataLen
+
+    @property
+    def unread_bytes(self) -> int:
+        """
+        Tell how much the peer's machine has not taken: what waits in the kernel counts, too.
+
+        Source:
+            tcp(7), SIOCOUTQ, which is TIOCOUTQ.
+        """
+        in_kernel = bytes(4)
+        with contextlib.suppress(OSError, ValueError):  # the connection may be gone
+            in_kernel = fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, in_kernel)
+        return self.unsent_bytes + int.from_bytes(in_kernel, sys.byteorder)
 
     def write(self, data: bytes) -> bool:
         """
@@ -88,6 +111,21 @@ def write_at_once(transport: Any, data: bytes) -> None:
                 data = data[waits.socket.send(data) :]
     if data:
         transport.write(data)
+
+
+def unsent_bytes_of(transport: Any) -> int:
+    """
+    Tell how much a transport has taken and not passed to the kernel.
+
+    Args:
+        transport: Of Twisted's, over TCP or TLS; of any other 0 is told.
+    """
+    waiting = sum(map(len, getattr(transport, "_appSendBuffer", ())))
+    below: Any = transport.transport if isinstance(transport, ProtocolWrapper) else transport
+    if isinstance(below, tcp.Connection):
+        waits: Any = below
+        waiting += len(waits.dataBuffer) + waits._tempDataLen
+    return waiting
 
 
 class LongLineReceiver(LineReceiver):

@@ -15,6 +15,7 @@ Which calls are counted, and by whom, is ``ledger``'s.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from operator import add
 from typing import Any, Final
 
 from taskd.errors import (
@@ -187,7 +188,7 @@ def functions_of(tallies: Iterable[Tally]) -> list[dict[str, Any]]:
         for name, counts, seconds in tally.rows():
             before = counted.get(name)
             if before is not None:
-                counts = [a + b for a, b in zip(before, counts, strict=True)]
+                counts = list(map(add, before, counts))
             counted[name] = counts
             ran[name] = ran.get(name, 0.0) + seconds
     return [_function(name, counted[name], ran[name]) for name in sorted(counted)]

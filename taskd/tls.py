@@ -56,6 +56,12 @@ class SecureTransport(TLSMemoryBIOProtocol):
         return waiting + sum(map(len, self._appSendBuffer))
 
     @property
+    def unread_bytes(self) -> int:
+        """Tell how much the peer's machine has not taken."""
+        waiting: int = self.transport.unread_bytes
+        return waiting + sum(map(len, self._appSendBuffer))
+
+    @property
     def on_sent(self) -> Callable[[], None] | None:
         """What is called when nothing waits to be sent any more."""
         called: Callable[[], None] | None = self.transport.on_sent

@@ -204,7 +204,7 @@ class MemoryTransport(StringTransport):
         writes: What was written, an item for each write.
         is_half_closed: True once this side is to be shut for sending.
         is_slow: True: what was written is under way until ``arrive``.
-        unsent_bytes: How much of it the peer has left unread.
+        unsent_bytes: How much of it the peer has left unread, in the kernel as well.
         on_sent: Called by who has all of it sent: the test.
     """
 
@@ -221,6 +221,10 @@ class MemoryTransport(StringTransport):
         super().write(data)
         self.writes.append(data)
         return not self.unsent_bytes
+
+    @property
+    def unread_bytes(self) -> int:
+        return self.unsent_bytes
 
     def loseWriteConnection(self) -> None:
         self.is_half_closed = True

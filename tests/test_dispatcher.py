@@ -739,6 +739,17 @@ class LostTests(DispatcherTestCase):
         self.assertTrue(self.origin.errors[0].retryable)
         self.assertEqual(other.ran, [1])
 
+    def test_who_is_told(self) -> None:
+        """It says whether somebody who lives was told; a dead worker's own calls are not."""
+        runner = self.join(2)
+        self.offer(0)
+        self.assertTrue(self.dispatcher.lost(runner, 0.0))
+        own = self.join(3)
+        self.offer(7, origin=own)
+        self.assertEqual(len(own.ran), 1)
+        self.assertFalse(self.dispatcher.lost(own, 0.0))
+        self.assertFalse(self.dispatcher.lost(self.join(4), 0.0))
+
     def test_its_last_words(self) -> None:
         """What a worker says after it was lost changes nothing."""
         runner = self.join(2)

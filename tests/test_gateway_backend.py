@@ -18,6 +18,12 @@ from tests.test_gateway_site import new_figures
 SECRETS = ("10.0.0.7", "12345", "/run/taskd.sock", "tcp:")
 
 
+class Unread(TaskClient):
+    """A client whose daemons read nothing."""
+
+    unsent_bytes = 64 * 2**20
+
+
 class BackendTestCase(SynchronousTestCase):
     own_token: str | None = None
     passes_on = True
@@ -122,15 +128,15 @@ class LoadTests(BackendTestCase):
     def test_calls(self) -> None:
         """So many calls may be in flight, whoever made them; the next is told to come again."""
         first, second = self.backend.tenant("a"), self.backend.tenant("b")
-        calls = [first.call("f", [1], 10), second.call("f", [2], 10, timeout=3.0)]
-        error: Any = self.failureResultOf(second.call("f", [3], 10), errors.Overloaded).value
+        calls = [first.call("f", [1], 10, "x"), second.call("f", [2], 10, "y", timeout=3.0)]
+        error: Any = self.failureResultOf(second.call("f", [3], 10, "z"), errors.Overloaded).value
         self.assertEqual((error.retry_after, error.retryable), (1.0, True))
         self.assertEqual(self.figures.get("outstanding"), 2)
         self.assertEqual(self.figures.get("refused_room"), 1)
         self.loop.advance(3.1)
         self.failureResultOf(calls[1], errors.TimeLimitExceeded)
         self.assertEqual(self.figures.get("outstanding"), 1)
-        calls.append(second.call("f", [3], 10))
+        calls.append(second.call("f", [3], 10, "z"))
         self.assertNoResult(calls[2])
         for call in (calls[0], calls[2]):
             call.addErrback(lambda _: None)
@@ -141,21 +147,45 @@ class LoadTests(BackendTestCase):
         """So many bytes of requests may be on their way, and no more."""
         tenant = self.backend.tenant()
         most = 64 * 2**20
-        call = tenant.call("f", [1], most)
-        self.failureResultOf(tenant.call("f", [2], 1), errors.Overloaded)
-        self.failureResultOf(self.backend.tenant("a").call("f", [2], 1), errors.Overloaded)
+        call = tenant.call("f", [1], most, "x")
+        self.failureResultOf(tenant.call("f", [2], 1, "y"), errors.Overloaded)
+        self.failureResultOf(self.backend.tenant("a").call("f", [2], 1, "y"), errors.Overloaded)
         call.addErrback(lambda _: None)
         call.cancel()
-        self.failureResultOf(tenant.call("f", [1], most + 1), errors.Overloaded)
-        again = tenant.call("f", [2], most)
+        self.failureResultOf(tenant.call("f", [1], most + 1, "x"), errors.Overloaded)
+        again = tenant.call("f", [2], most, "x")
         self.assertNoResult(again)
         again.addErrback(lambda _: None)
+
+    def test_shares(self) -> None:
+        """Nobody may have more than half of all, whatever connections it takes."""
+        first, second = self.backend.tenant("a"), self.backend.tenant("b")
+        call = first.call("f", [1], 10, "x")
+        self.failureResultOf(second.call("f", [2], 10, "x"), errors.Overloaded)
+        self.assertNoResult(second.call("f", [3], 10, "y"))
+        call.addErrback(lambda _: None)
+        call.cancel()
+        self.assertNoResult(first.call("f", [4], 10, "x"))
+
+    def test_what_is_not_read(self) -> None:
+        """What is over already and was never read takes room all the same."""
+        backend = Backend(
+            self.loop,
+            lambda _: Unread(self.loop, ScriptedEndpoint()),
+            None,
+            passes_on=True,
+            max_calls=2,
+            figures=self.figures,
+        )
+        tenant = backend.tenant()
+        self.assertFalse(tenant.is_stuck)
+        self.failureResultOf(tenant.call("f", [1], 1, "x"), errors.Overloaded)
 
     def test_what_cannot_be_asked(self) -> None:
         """What fails at once takes no room."""
         tenant = self.backend.tenant()
         for _ in range(5):
-            self.failureResultOf(tenant.call("f", [], 10, timeout=-1.0), ValueError)
+            self.failureResultOf(tenant.call("f", [], 10, "x", timeout=-1.0), ValueError)
         self.assertEqual(self.figures.get("outstanding"), 0)
 
 

@@ -62,6 +62,8 @@ class HeldCall:
 class HeldClient:
     """Connections on which every call goes on until the test ends it."""
 
+    unsent_bytes = 0
+
     def __init__(self, calls: list[HeldCall], token: str | None) -> None:
         self._calls = calls
         self._token = token
@@ -120,6 +122,7 @@ class Browser:
             Limits(max_in_flight, max_rate),
             self.figures,
             self.loop.seconds,
+            "192.0.2.1",
             grant,
             token,
         )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from taskd.gateway.history import History, percentiles
+from taskd.gateway.history import History, is_readable, percentiles
 
 examples = settings(max_examples=200, deadline=None)
 
@@ -32,6 +32,26 @@ def status(
         "workers": [{"latency": {"2": 12345 + done}}],
         "functions": [function],
     }
+
+
+class ReadableTests(SynchronousTestCase):
+    def test_what_is(self) -> None:
+        """A status of any version is, and what has not all members."""
+        for one in ({}, {"functions": []}, {"queue": {}}, status(1, 2, {"8": 3}, idle=1)):
+            self.assertTrue(is_readable(one), one)
+
+    def test_what_is_not(self) -> None:
+        """Nothing else is that a daemon, or who passes for one, might tell."""
+        for one in (
+            *("x", None, [], 1, {"functions": {}}, {"functions": [1]}, {"functions": [{}]}),
+            *({"queue": []}, {"queue": {"waiting": "many"}}, {"queue": {"waiting": None}}),
+            *({"queue": {"waiting": True}}, {"queue": {"waiting": -1}}, {"totals": 3}),
+            *({"totals": {"workers": {"idle": "x"}}}, {"totals": {"workers": [1]}}),
+            *({"workers": [{"latency": {"x": 1}}]}, {"supervisor": {"uptime": 10**400}}),
+            *(status(10**400), status(0, 0, {"8": 2**63}), status(0, 0, {"9" * 5000: 1})),
+            *(status(0, 0, {"\u0663": 1}), {"functions": [{"name": 1, "done": 1, "failed": 1}]}),
+        ):
+            self.assertFalse(is_readable(one), str(one)[:80])
 
 
 class HistoryTests(SynchronousTestCase):

@@ -79,6 +79,13 @@ class SecretsTests(SynchronousTestCase):
             Secrets.read(GatewaySettings(tasks_token_file=path)).own_token, "the gateway's own"
         )
 
+    def test_its_line(self) -> None:
+        """It may stand as in a token file, but not as a digest, which nobody could show."""
+        path = self.file("own", f"gateway:{TOKEN}\n")
+        self.assertEqual(Secrets.read(GatewaySettings(tasks_token_file=path)).own_token, TOKEN)
+        for text in (f"sha256:{'a' * 64}", f"gateway:sha256:{'a' * 64}", "gateway:"):
+            self.refused(tasks_token_file=self.file("own", text))
+
     def test_what_others_may_read(self) -> None:
         """A secret that others may read is none, whichever it is."""
         certificate = self.file("cert.pem", PAIR.certificate, 0o644)

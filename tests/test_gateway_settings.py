@@ -119,3 +119,11 @@ class RuleTests(SynchronousTestCase):
             with self.assertRaises(SettingsError) as caught:
                 rule_of(text)
             self.assertTrue(str(caught.exception).startswith(f"--allow {text}: "), text)
+
+    def test_identities_without_tokens(self) -> None:
+        """A rule for an identity is refused where nobody has one."""
+        with self.assertRaises(SettingsError) as caught:
+            GatewaySettings(allow=(("web", ("echo",)),))
+        self.assertIn("--token-file", str(caught.exception))
+        GatewaySettings(allow=(("web", ("echo",)),), token_file="/tokens")
+        GatewaySettings(allow=(("*", ("echo",)),))

@@ -34,6 +34,7 @@ from taskd.errors import (
     error_from_wire,
 )
 from taskd.functions import Function, Kind, progress, task
+from taskd.gateway.answers import answer, refuse
 from taskd.gateway.backend import Backend
 from taskd.gateway.calls import CallPage, Identities
 from taskd.gateway.figures import Figures
@@ -41,7 +42,7 @@ from taskd.gateway.identity import Watchers
 from taskd.gateway.origin import Origins
 from taskd.gateway.pages import Dashboard, Gate, HealthPage, MetricsPage, static
 from taskd.gateway.settings import GatewaySettings
-from taskd.gateway.site import GatewaySite, Upgrade, answer, refuse
+from taskd.gateway.site import GatewaySite, Upgrade
 from taskd.gateway.sockets import BrowserFactory, FeedFactory
 from taskd.gateway.watch import Node, Watch
 from tests.support import MemoryDaemon, MemoryEndpoint, MemoryTransport, new_slot
@@ -572,14 +573,32 @@ class TimeTests(SiteTestCase):
 
 class ConnectionTests(SiteTestCase):
     def test_who_does_not_read(self) -> None:
-        """Who leaves its answers unread gets no further request answered."""
+        """Who leaves its answers unread gets no further request answered, and is cut off."""
+        request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
         for unsent, answers in ((256 * 1024, 2), (256 * 1024 + 1, 1)):
             caller = self.world.caller()
             caller.transport.unsent_bytes = unsent
-            request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
             caller.say(request * 2)
             self.assertEqual(len(caller.answers), answers)
-            self.assertIs(caller.transport.disconnecting, answers == 1)
+        for left, is_over in ((256, False), (255, False), (255, True)):
+            caller.transport.unsent_bytes = left
+            self.world.settle(30.1)
+            self.assertIs(caller.transport.is_aborted, is_over)
+
+    def test_who_reads_late(self) -> None:
+        """Who reads its answers after all has the next request answered."""
+        request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        caller = self.world.caller()
+        caller.transport.unsent_bytes = 2**20
+        caller.say(request * 2)
+        self.world.settle(0.1)
+        self.assertEqual(len(caller.answers), 1)
+        caller.transport.unsent_bytes = 0
+        caller.transport.producer.resumeProducing()
+        self.world.settle(0.1)
+        self.assertEqual(len(caller.answers), 2)
+        self.world.settle(29)
+        self.assertFalse(caller.transport.is_aborted)
 
     def test_hanging_up(self) -> None:
         """All connections that speak HTTP can be ended once what was answered is out."""

@@ -151,6 +151,18 @@ class HandshakeTests(SocketsTestCase):
         self.assertEqual(self.counts(), (1, 0, 1))
         self.assertEqual(self.figures.get("opened"), 1)
 
+    def test_what_comes_behind_the_request(self) -> None:
+        """What is sent before the answer is not lost: there is no WebSocket then."""
+        for body in (frame(b'{"function":"now","id":1}'), b"x" * 20_000):
+            caller = self.world.caller()
+            caller.say(
+                b"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nUpgrade: websocket\r\n"
+                b"Connection: Upgrade\r\nOrigin: http://127.0.0.1:8080\r\n"
+                b"Sec-WebSocket-Key: x3JJHMbDL1EzLkh9GBhXDw==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+                + body
+            )
+            self.assertEqual(caller.answers[0].gist, (400, "malformed"))
+
     def test_subprotocols(self) -> None:
         """A browser that names subprotocols gets ours if it is one of them, and else none."""
         for offered, chosen in (

@@ -11,7 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from taskd import __version__
 from taskd.client import TaskClient
 from taskd.gateway.watch import Node, Watch
-from tests.support import Loop, ScriptedDaemon, ScriptedEndpoint
+from tests.support import Loop, ScriptedDaemon, ScriptedEndpoint, log_of
 from tests.test_gateway_site import new_figures
 
 NOBODY = {"code": "unauthorized", "message": "not for you", "retryable": False}
@@ -121,6 +121,25 @@ class LookTests(WatchTestCase):
         self.answer(first, result=[])
         self.loop.advance(1)
         self.assertIsNone(self.shown[-1]["nodes"][1]["error"])
+
+    def test_what_is_logged(self) -> None:
+        """That a daemon does not tell is logged once, and so is that it does again."""
+        log = log_of(self, "gateway")
+        self.watch.start()
+        first, second = self.accept()
+        for error in ({}, {"error": NOBODY}, {"error": NOBODY}, {}):
+            for daemon in (first, second):
+                self.answer(daemon, **(error if daemon is first and error else {"result": {}}))
+                if daemon is second or not error:
+                    self.answer(daemon, result=[])
+            self.loop.advance(1)
+        self.assertEqual(
+            log,
+            [
+                "warn: a: the daemon does not tell: not for you",
+                "info: a: the daemon answers again",
+            ],
+        )
 
     def test_no_failures(self) -> None:
         """A daemon that tells its status and no failures is shown with what it tells."""

@@ -117,10 +117,14 @@ part('mail').addEventListener('submit', (event) => {
   });
 });
 
-part('stop').addEventListener('click', () => {
-  // What a worker was just handing to the mail server cannot be called back.
-  end(`Stopped at ${part('numbers').textContent || '0'}. A few more may have gone out.`);
-});
+function stop() {
+  // What workers have begun meanwhile cannot be called back.
+  end(`Stopped at ${part('numbers').textContent || '0'}. Some more may have gone out.`);
+}
+
+part('stop').addEventListener('click', stop);
+// A page that is left may live on in the browser's cache, and its connection with it.
+window.addEventListener('pagehide', () => socket !== null && stop());
 
 part('fill').addEventListener('click', () => {
   const many = part('many');

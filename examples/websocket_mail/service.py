@@ -160,7 +160,10 @@ async def main(reactor: Any, *words: str) -> None:
     options = parse(words)
     factory = WebSocketServerFactory()
     factory.protocol = MailProtocol
-    factory.client = TaskClient(reactor, options.endpoint)
+    try:
+        factory.client = TaskClient(reactor, options.endpoint)
+    except ValueError as error:
+        sys.exit(str(error))
     root = Resource()
     for path, (name, content_type) in FILES.items():
         root.putChild(path, Page(name, content_type))

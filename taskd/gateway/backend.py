@@ -8,6 +8,8 @@ answer looks like is ``conversation``'s and ``pages``'s.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -47,6 +49,7 @@ class _Load:
     Bounds the calls of one process that no daemon has answered yet.
 
     A browser's own bound is not enough: it may leave its calls behind and come again.
+    And nobody may have all there is room for: half of it is for others.
 
     Args:
         max_calls: How many there may be.
@@ -56,22 +59,37 @@ class _Load:
     def __init__(self, max_calls: int, figures: Figures) -> None:
         self._max_calls = max_calls
         self._figures = figures
+        self._share = math.ceil(max_calls / 2)
         self._calls = self._bytes = 0
+        self._callers: Counter[str] = Counter()
 
-    def take(self, size: int) -> bool:
-        """Count a call of so many bytes, if there is room for it."""
-        if self._calls >= self._max_calls or self._bytes + size > _MOST_BYTES:
+    def take(self, who: str, size: int, unsent: int) -> bool:
+        """
+        Count a call, if there is room for it.
+
+        Args:
+            who: Whose it is.
+            size: How many bytes it has.
+            unsent: How many bytes of calls the daemons have not read, of those too
+                that are over already.
+        """
+        is_full = self._calls >= self._max_calls or self._callers[who] >= self._share
+        if is_full or max(self._bytes, unsent) + size > _MOST_BYTES:
             self._figures.add("refused_room")
             return False
         self._calls += 1
         self._bytes += size
+        self._callers[who] += 1
         self._figures.add("outstanding")
         return True
 
-    def give_back(self, outcome: Any, size: int) -> Any:
+    def give_back(self, outcome: Any, who: str, size: int) -> Any:
         """Take it that a call is over, and pass on what it has come to."""
         self._calls -= 1
         self._bytes -= size
+        self._callers[who] -= 1
+        if not self._callers[who]:
+            del self._callers[who]
         self._figures.add("outstanding", -1)
         return outcome
 
@@ -95,7 +113,12 @@ class Tenant:
         self._load = load
         self._left = left
 
-    def call(self, function: str, args: Args, size: int, **terms: Any) -> Deferred[Any]:
+    @property
+    def is_stuck(self) -> bool:
+        """Tell whether the daemons do not read what they are asked."""
+        return self.client.unsent_bytes > _MOST_BYTES
+
+    def call(self, function: str, args: Args, size: int, who: str, **terms: Any) -> Deferred[Any]:
         """
         Ask for a task.
 
@@ -103,6 +126,7 @@ class Tenant:
             function: As for ``TaskClient.call_with``.
             args: The same.
             size: How many bytes the request has.
+            who: Who asks, who may have half of all calls in flight.
             terms: The rest of it.
 
         Returns:
@@ -111,11 +135,11 @@ class Tenant:
         Raises:
             Overloaded: Too much is in flight already.
         """
-        if not self._load.take(size):
+        if not self._load.take(who, size, self.client.unsent_bytes):
             error = Overloaded("too many calls are in flight", retry_after=_TRY_AGAIN_SECONDS)
             return fail(error)
         called = self.client.call_with(function, args, **terms)
-        return called.addBoth(self._load.give_back, size)
+        return called.addBoth(self._load.give_back, who, size)
 
     def leave(self) -> None:
         """Take it that one of those who have come has gone."""
@@ -190,6 +214,7 @@ class Backend:
         """
         error = failure.value
         if isinstance(error, ConnectionLost):
+            self._say("a call was lost: {reason}", str(error))
             return _lost("the worker, or the way to it, was lost", error.may_have_started)
         if isinstance(error, CallError):
             return error

@@ -25,11 +25,11 @@ from taskd.errors import (
     Unauthorized,
     UnknownFunction,
 )
+from taskd.gateway.answers import NOT_KNOWN, Refusal, answer, refuse
 from taskd.gateway.backend import Backend
 from taskd.gateway.figures import Figures
 from taskd.gateway.identity import header_of, token_of
 from taskd.gateway.origin import Origins
-from taskd.gateway.site import NOT_KNOWN, Refusal, answer, refuse
 from taskd.wire import Args, decode
 
 __all__ = ["CallPage", "Identities"]
@@ -143,8 +143,11 @@ class CallPage(Resource):
             return Refusal(415, "malformed", "the body is application/json").render(request)
         origin = header_of(request, "origin")
         if origin is not None and not self._origins.admits(origin, header_of(request, "host")):
-            self._figures.add("refused_origin")
-            return refuse(request, Unauthorized("pages of this origin may not call"))
+            request.channel.site.refused("origin", origin, request)
+            return refuse(
+                request,
+                Unauthorized("pages of this origin may not call; --origin names those that may"),
+            )
         self._figures.add("http_calls")
         try:
             order = _order_of(request)
@@ -160,22 +163,26 @@ class CallPage(Resource):
         called = maybeDeferred(self._identities.look, request)
         called.addCallback(self._call, request, order)
 
-        def finish(outcome: Any) -> None:
+        def over() -> None:
             self._in_flight -= 1
             self._figures.add("in_flight", -1)
-            try:
-                if is_there:
+            if self.is_quiet:
+                self.on_quiet()
+
+        def finish(outcome: Any) -> None:
+            if is_there:
+                try:
                     self._answer(request, outcome)
-                elif isinstance(outcome, Failure):
-                    outcome.trap(TaskdError, CancelledError)
-            finally:
-                if self.is_quiet:
-                    self.on_quiet()
+                finally:
+                    over()
+            elif isinstance(outcome, Failure):
+                outcome.trap(TaskdError, CancelledError)
 
         def end(_: Failure) -> None:
             is_there.clear()
             if order.ends_with_caller:
                 called.cancel()
+            over()  # whatever the task still does, nobody waits for it
 
         gone.addErrback(end)
         called.addBoth(finish)
@@ -199,6 +206,7 @@ class CallPage(Resource):
             order.function,
             order.args,
             order.size,
+            grant.identity or visitor.host,
             timeout=order.timeout,
             cancel_on_disconnect=order.ends_with_caller,
         )

@@ -99,6 +99,7 @@ class Conversation:
         limits: How much it may ask for.
         figures: Where it is counted.
         clock: Gives seconds that never go back.
+        host: Where it is, for what nobody may have too much of.
         grant: What may be called, or None: nothing before ``taskd.auth``.
         token: What was shown for it, or ''.
     """
@@ -110,6 +111,7 @@ class Conversation:
         limits: Limits,
         figures: Figures,
         clock: Callable[[], float],
+        host: str,
         grant: Grant | None,
         token: str = "",
     ) -> None:
@@ -119,6 +121,7 @@ class Conversation:
         self._figures = figures
         self._clock = clock
         self._grant = grant
+        self._who = (grant.identity if grant is not None else "") or host
         self._tenant = backend.tenant(token)
         self._rate = Rate(limits.max_rate)
         self._in_flight: set[_Call] = set()
@@ -214,6 +217,7 @@ class Conversation:
             name,
             args,
             size,
+            self._who,
             timeout=terms.timeout,
             on_progress=self._reporter(id_json) if terms.wants_progress else None,
             priority=terms.priority,
@@ -310,6 +314,7 @@ class Conversation:
                 self._end(id_json, Unauthorized("nobody has this token"), UNAUTHORIZED)
                 return
             self._grant = grant
+            self._who = grant.identity or self._who
             self._tenant.leave()
             # Where nobody is asked for a token, none was looked at.
             self._tenant = self._backend.tenant(token if grant.token else "")

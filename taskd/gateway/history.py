@@ -24,6 +24,8 @@ _SHARES: Final = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 
 _COUNT: Final = (int, float)
+_TOO_LARGE: Final = 2**63
+"""No count comes to that; sums and doubles of what is larger could fail."""
 _COUNTS: Final[dict[str, Any]] = {"": _COUNT}
 """A shape: any number of names, and a number for each."""
 
@@ -59,6 +61,7 @@ _SHAPE: Final[dict[str, Any]] = {
 }
 """What a daemon's status is taken to be, as far as it has these members."""
 
+_LONGEST_BOUND: Final = 19
 _NEEDED: Final = frozenset({"name", "done", "failed"})
 """What each of ``functions`` has."""
 
@@ -69,7 +72,7 @@ def is_readable(status: Any) -> bool:
         _fits(status, _SHAPE)
         and all(function.keys() >= _NEEDED for function in status.get("functions", ()))
         and all(
-            bound.isdecimal()
+            bound.isascii() and bound.isdecimal() and len(bound) < _LONGEST_BOUND
             for name in ("functions", "workers")
             for one in status.get(name, ())
             for bound in one.get("latency", ())
@@ -86,6 +89,8 @@ def _fits(value: Any, shape: Any) -> bool:
         return isinstance(value, dict) and all(
             _fits(value[name], inner) for name, inner in shape.items() if name in value
         )
+    if isinstance(value, int | float) and not 0 <= value < _TOO_LARGE:
+        return False
     return isinstance(value, shape) and not isinstance(value, bool)
 
 

@@ -12,17 +12,18 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import deferLater
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from taskd.door import host_of
-from taskd.errors import Unauthorized
+from taskd.errors import InternalError, Unauthorized
+from taskd.gateway.answers import NOT_KNOWN, Refusal, answer, refuse
 from taskd.gateway.backend import Backend
 from taskd.gateway.figures import Figures
 from taskd.gateway.identity import DASHBOARD_COOKIE, Watchers, header_of
 from taskd.gateway.metrics import exposition
-from taskd.gateway.site import NOT_KNOWN, Refusal, answer, refuse
 from taskd.gateway.watch import Watch
 from taskd.throttle import Penalties
 
@@ -63,6 +64,9 @@ class HealthPage(Resource):
         is_there = [True]
         request.notifyFinish().addErrback(lambda _: is_there.clear())
         tenant = self._backend.tenant()
+        if tenant.is_stuck:
+            tenant.leave()
+            return answer(request, 503, {"status": "unreachable"})
 
         def tell(outcome: Any) -> None:
             tenant.leave()
@@ -162,6 +166,8 @@ class MetricsPage(Resource):
         figures: What the gateway counts.
     """
 
+    _log = Logger(namespace="taskd.gateway")
+
     isLeaf = True
 
     def __init__(self, gate: Gate, watch: Watch, figures: Figures) -> None:
@@ -186,7 +192,12 @@ class MetricsPage(Resource):
                 request.write(text)
                 request.finish()
 
-        self._watch.statuses().addCallback(tell)
+        def fail(failure: Failure) -> None:
+            self._log.failure("the metrics cannot be told", failure)
+            if is_there and not request.startedWriting:
+                refuse(request, InternalError("the metrics cannot be told; the log says why"))
+
+        self._watch.statuses().addCallback(tell).addErrback(fail)
         return NOT_DONE_YET
 
 

@@ -46,11 +46,7 @@ class Secrets:
         """
         own_token = ""
         if settings.tasks_token_file:
-            own_token = read_secret(settings.tasks_token_file, "--tasks-token").strip()
-            if not own_token or not own_token.isprintable():
-                raise StartFailed(
-                    f"--tasks-token {settings.tasks_token_file}: give one token, on one line"
-                )
+            own_token = _own_token(settings.tasks_token_file)
         return cls(
             tokens=read_tokens(settings.token_file) if settings.token_file else (),
             watchers=read_tokens(settings.dashboard_token_file, "--dashboard-token")
@@ -76,3 +72,15 @@ class Secrets:
             own_token=fields["own_token"],
             pair=KeyPair(**pair) if pair else None,
         )
+
+
+def _own_token(path: str) -> str:
+    """Read the gateway's own token: one line, as a token file has it, or the token alone."""
+    option = f"--tasks-token {path}"
+    line = read_secret(path, "--tasks-token").strip()
+    identity, colon, token = line.partition(":")
+    if (colon and identity == "sha256") or token.startswith("sha256:"):
+        raise StartFailed(f"{option}: the token itself is needed here, not its digest")
+    if not line or not line.isprintable() or (colon and not token.strip()):
+        raise StartFailed(f"{option}: give one token, on one line")
+    return token.strip() if colon else line

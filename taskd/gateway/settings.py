@@ -108,6 +108,12 @@ class GatewaySettings:
             raise SettingsError(
                 "--tasks-ca and --tasks-certificate are for TLS: let each --tasks begin with tls:"
             )
+        named = [identity for identity, _ in self.allow if identity.strip("*")]
+        if named and not self.token_file:
+            raise SettingsError(
+                f"--allow {named[0]}=…: nobody has an identity without --token-file; "
+                "a rule for everybody is --allow FUNCTION,..."
+            )
         if self.cookie and not self.token_file:
             raise SettingsError(
                 "--cookie is of no use without --token-file, which knows its values"

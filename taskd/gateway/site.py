@@ -8,8 +8,6 @@ becomes a WebSocket leaves HTTP by ``Upgrade``.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any, Final
@@ -18,28 +16,23 @@ from autobahn.twisted.resource import WebSocketResource
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
 from twisted.protocols.basic import LineReceiver
 from twisted.python.failure import Failure
 from twisted.web import http
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
 
-from taskd.errors import CallError, Overloaded
+from taskd.door import host_of
+from taskd.errand import stop
+from taskd.gateway.answers import Refusal
 from taskd.gateway.figures import Figures
 from taskd.gateway.identity import header_of
 from taskd.gateway.origin import Origins
 from taskd.gateway.rate import Reading
+from taskd.throttle import Throttle
 
-__all__ = [
-    "NOT_KNOWN",
-    "GatewayChannel",
-    "GatewayRequest",
-    "GatewaySite",
-    "Refusal",
-    "Upgrade",
-    "answer",
-    "refuse",
-]
+__all__ = ["GatewayChannel", "GatewayRequest", "GatewaySite", "Upgrade"]
 
 _REQUEST_SECONDS: Final = 30.0
 """A request has come within so long, or its connection ends; the next one too."""
@@ -47,8 +40,8 @@ _REQUEST_SECONDS: Final = 30.0
 _ABORT_SECONDS: Final = 5.0
 """So long an end may take during which nothing that was sent is read."""
 
-_MOST_UNREAD_BYTES: Final = 256 * 1024
-"""With more than that on its way a connection gets no further request answered."""
+_MOST_UNSENT_BYTES: Final = 256 * 1024
+"""With more than that to be sent a connection gets no further request answered yet."""
 
 _HEADERS: Final = {
     b"server": b"taskd",
@@ -61,94 +54,10 @@ _HEADERS: Final = {
 }
 """What every answer says; a page says more of the last one."""
 
-_STATUSES: Final = {
-    "malformed": 400,
-    "line-too-long": 413,
-    "unknown-function": 404,
-    "bad-arguments": 422,
-    "task-failed": 500,
-    "time-limit": 504,
-    "cancelled": 409,
-    "worker-lost": 502,
-    "overloaded": 503,
-    "shutting-down": 503,
-    "unauthorized": 403,
-    "internal": 500,
-}
-"""The HTTP status of each error of the wire."""
-
-NOT_KNOWN: Final = 401
-"""The HTTP status for who has shown nothing, or what nobody knows."""
+_LONGEST_SHOWN: Final = 100
 
 _NO_HOST_NEEDED: Final = b"/healthz"
 """A balancer's check may name no host, and learns nothing there."""
-
-
-def answer(request: Any, status: int, body: object) -> int:
-    """
-    Answer a request in JSON.
-
-    Args:
-        request: The request.
-        status: The HTTP status.
-        body: What JSON can carry.
-
-    Returns:
-        What ``render`` returns for it.
-    """
-    request.setResponseCode(status)
-    request.setHeader(b"content-type", b"application/json")
-    content = json.dumps(body).encode() + b"\n"
-    request.setHeader(b"content-length", b"%d" % len(content))
-    if request.method != b"HEAD":
-        request.write(content)
-    request.finish()
-    return NOT_DONE_YET
-
-
-def refuse(request: Any, error: CallError, status: int | None = None) -> int:
-    """
-    Answer a request with an error of the wire.
-
-    Args:
-        request: The request.
-        error: What is wrong.
-        status: The HTTP status; None: that of the error.
-
-    Returns:
-        What ``render`` returns for it.
-    """
-    fields = {
-        "code": error.code,
-        "message": error.message,
-        "retryable": error.retryable,
-        **error.details,
-    }
-    if isinstance(error, Overloaded) and error.retry_after:
-        request.setHeader(b"retry-after", b"%d" % math.ceil(error.retry_after))
-    return answer(request, status or _STATUSES[error.code], {"error": fields})
-
-
-class Refusal(Resource):
-    """
-    Answers whatever is asked with an error.
-
-    Args:
-        status: The HTTP status.
-        code: What is wrong, for programs.
-        message: What is wrong, for people.
-    """
-
-    isLeaf = True
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._status = status
-        self._error = {"code": code, "message": message, "retryable": False}
-
-    def render(self, request: Any) -> int:
-        """Answer."""
-        return answer(request, self._status, {"error": self._error})
 
 
 class GatewayRequest(Request):
@@ -190,9 +99,11 @@ class GatewayRequest(Request):
             self.setHeader(name, value)  # type: ignore[no-untyped-call]
         host = header_of(self, "host")
         if self.path != _NO_HOST_NEEDED and not self.site.origins.admits_host(host):
-            self.site.figures.add("refused_origin")
+            self.site.refused("name", host or "", self)
             resource = Refusal(
-                403, "unauthorized", "this place has another name; the gateway's --origin names it"
+                403,
+                "unauthorized",
+                f"{host!a:.100} is no name of this place; --origin https://NAME makes it one",
             )
         super().render(resource)  # type: ignore[no-untyped-call]
 
@@ -204,6 +115,9 @@ class GatewayChannel(http.HTTPChannel):
     transport: Any
     _abortingCall: Any
     _dataBuffer: list[bytes]
+    _buffer: bytes
+    _waiting: Any = None
+    _stalled: Any = None
     _reading: Reading
 
     def accepted(self) -> None:
@@ -224,10 +138,30 @@ class GatewayChannel(http.HTTPChannel):
             LineReceiver.dataReceived(self, data)
 
     def requestDone(self, request: Any) -> None:
-        """Go on to the next request, unless the answers to those before are not read."""
-        if self.transport.unsent_bytes > _MOST_UNREAD_BYTES:
-            self.persistent = False
-        super().requestDone(request)  # type: ignore[no-untyped-call]
+        """Go on to the next request, once most of the answers before it are on their way."""
+        if self.persistent and self.transport.unsent_bytes > _MOST_UNSENT_BYTES:
+            self._waiting = request
+            self._reading = Reading()
+            self._look_whether_read()
+        else:
+            super().requestDone(request)  # type: ignore[no-untyped-call]
+
+    def resumeProducing(self) -> None:
+        """Go on: what was written is out."""
+        super().resumeProducing()  # type: ignore[no-untyped-call]
+        request, self._waiting = self._waiting, None
+        if request is not None:
+            stop(self._stalled)
+            super().requestDone(request)  # type: ignore[no-untyped-call]
+
+    def _look_whether_read(self) -> None:
+        self._stalled = self.callLater(_REQUEST_SECONDS, self._abort_if_stalled)  # type: ignore[no-untyped-call]
+
+    def _abort_if_stalled(self) -> None:
+        if self._reading.goes_on(self.transport.unread_bytes):
+            self._look_whether_read()
+        else:
+            self.transport.abortConnection()
 
     def timeoutConnection(self) -> None:
         """End a connection whose request has not come in time, or that has idled."""
@@ -252,7 +186,7 @@ class GatewayChannel(http.HTTPChannel):
         self._abortingCall = self.callLater(_ABORT_SECONDS, self._abort_unless_read)  # type: ignore[no-untyped-call]
 
     def _abort_unless_read(self) -> None:
-        if self._reading.goes_on(self.transport.unsent_bytes):
+        if self._reading.goes_on(self.transport.unread_bytes):
             self._abort_soon()
         else:
             self._abortingCall = None
@@ -271,13 +205,14 @@ class GatewayChannel(http.HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Let go."""
         super().connectionLost(reason)  # type: ignore[no-untyped-call]
+        stop(self._stalled)
         self.site.channels.discard(self)
         self.site.left()
 
     @property
     def has_more(self) -> bool:
         """Tell whether something has come behind the request that is being answered."""
-        return bool(self._dataBuffer)
+        return bool(self._dataBuffer or self._buffer)
 
     def upgrade(self) -> None:
         """Leave the connection to somebody else."""
@@ -303,6 +238,8 @@ class GatewaySite(Site):
         on_room: Called when one has gone; set by who accepts them.
     """
 
+    _log = Logger(namespace="taskd.gateway")
+
     protocol = GatewayChannel  # type: ignore[assignment]
     displayTracebacks = False
     noisy = False
@@ -323,10 +260,25 @@ class GatewaySite(Site):
         self.max_body_bytes = max_body_bytes
         self.open_connections = 0
         self.channels: set[GatewayChannel] = set()
+        self._throttle = Throttle()
+        self._clock = reactor.seconds
         self.on_room: Callable[[], None] = lambda: None
 
     def log(self, request: Any) -> None:
         """Write no line for every request."""
+
+    def refused(self, what: str, value: str, request: Any) -> None:
+        """Count a request that came from a wrong page, or to a wrong name, and say so at times."""
+        self.figures.add("refused_origin")
+        left_out = self._throttle.admit((what, value), self._clock())
+        if left_out is not None:
+            self._log.warn(
+                "{connection}: refused, since its {what} is {value}{more}",
+                connection=host_of(request.getClientAddress()),
+                what=what,
+                value=ascii(value)[:_LONGEST_SHOWN],
+                more=f" ({left_out} more were not logged)" if left_out else "",
+            )
 
     def came(self) -> None:
         """Count a connection."""
@@ -407,12 +359,15 @@ class Upgrade(Resource):
         if (header_of(request, "upgrade") or "").lower() != "websocket" or request.method != b"GET":
             request.setHeader(b"upgrade", b"websocket")
             return Refusal(426, "malformed", "this is the place for WebSockets")
-        if not self._origins.admits(header_of(request, "origin"), header_of(request, "host")):
-            self._figures.add("refused_origin")
+        origin = header_of(request, "origin")
+        if not self._origins.admits(origin, header_of(request, "host")):
+            request.channel.site.refused("origin", origin or "", request)
             return Refusal(
                 403,
                 "unauthorized",
-                "pages of this origin may not call; --origin names those that may",
+                "no origin is named; --no-origin-needed lets programs in"
+                if origin is None
+                else "pages of this origin may not call; --origin names those that may",
             )
         if request.content.read(1) or request.channel.has_more:
             return Refusal(400, "malformed", "nothing comes behind the request for a WebSocket")

@@ -47,7 +47,8 @@ _PROGRAM: Final = "from taskd.gateway.process import main; main()"
 _FIGURES_FD: Final = 3
 _LISTENING_FD: Final = 4
 _READY_SECONDS: Final = 60.0
-"""A process that does not serve by then never will."""
+_STARTS_AT_A_TIME: Final = 8
+"""A process that does not serve by then never will; many that start at once take longer."""
 
 _RELOAD_SECONDS: Final = 5.0
 _LONGEST_UNENDED: Final = 2**20
@@ -81,6 +82,7 @@ class GatewaySupervisor(Service):
         self._processes: list[_Process] = []  # the oldest first
         self._births = [Births() for _ in range(settings.procs)]
         self._is_ready = False
+        self._generation = 0
         self._stopped: Deferred[None] | None = None
 
     def privilegedStartService(self) -> None:
@@ -167,6 +169,11 @@ class GatewaySupervisor(Service):
 
     # The processes.
 
+    @property
+    def _is_full(self) -> bool:
+        """Tell whether there might be no row of figures for a successor of each process."""
+        return len(self._processes) > self._settings.procs * (_GENERATIONS - 1)
+
     def _spawn(self, number: int) -> None:
         assert self._socket is not None
         taken = {process.row for process in self._processes}
@@ -178,18 +185,21 @@ class GatewaySupervisor(Service):
             "number": number + 1,
             "row": row,
         }
-        process = _Process(self, self._reactor, number, row, told)
+        patience = _READY_SECONDS * (1 + self._settings.procs // _STARTS_AT_A_TIME)
+        process = _Process(self, self._reactor, number, row, told, patience)
         process.spawn(self._figures_fd, self._socket.fileno())
         self._processes.append(process)
 
     def process_ready(self, process: _Process) -> None:
         """Let those go whose place a process takes, since it serves: the older ones."""
-        process.is_ready = True
-        if self._stopped is not None:
+        if self._stopped is not None or process.is_ready:
             return
+        process.is_ready = True
         for other in self._processes[: self._processes.index(process)]:
             if other.number == process.number:
                 other.drain()
+        if self._generation and all(p.is_ready for p in self._processes):
+            self._log.info("reloaded")
         if not self._is_ready and self._socket is not None:
             self._is_ready = True
             self._say(b"READY=1")
@@ -241,11 +251,15 @@ class GatewaySupervisor(Service):
             end=end,
             delay=delay,
         )
-        self._reactor.callLater(delay, self._try_again, process.number)
+        self._reactor.callLater(delay, self._try_again, process.number, self._generation)
 
-    def _try_again(self, number: int) -> None:
+    def _try_again(self, number: int, generation: int) -> None:
+        if self._stopped is not None or generation != self._generation:
+            return  # another reload has seen to it
         newest = [process for process in self._processes if process.number == number][-1:]
-        if self._stopped is None and newest and newest[0].is_ready:
+        if self._is_full:
+            self._reactor.callLater(_RELOAD_SECONDS, self._try_again, number, generation)
+        elif newest and newest[0].is_ready:
             try:
                 self._spawn(number)
             except OSError as error:
@@ -273,7 +287,7 @@ class GatewaySupervisor(Service):
         """Read tokens and keys anew, and replace each process by one that has them."""
         if self._stopped is not None:
             return
-        if len(self._processes) > self._settings.procs * (_GENERATIONS - 1):
+        if self._is_full:
             self._log.warn("no reload: processes of earlier ones still have calls in flight")
             return
         try:
@@ -284,6 +298,7 @@ class GatewaySupervisor(Service):
             self._log.error("no reload, all stays as it was: {reason}", reason=str(error))
             return
         self._secrets = secrets
+        self._generation += 1
         self._log.info("reloading")
         for number in range(self._settings.procs):
             try:
@@ -337,6 +352,7 @@ class _Process(ProcessProtocol):
         number: Its place, from 0.
         row: Its row of figures.
         told: What it is to be.
+        patience: Seconds until it must serve.
 
     Attributes:
         pid: Its pid, once it is spawned.
@@ -348,11 +364,18 @@ class _Process(ProcessProtocol):
     _log = Logger(namespace="taskd.gateway")
 
     def __init__(
-        self, owner: GatewaySupervisor, reactor: Any, number: int, row: int, told: dict[str, Any]
+        self,
+        owner: GatewaySupervisor,
+        reactor: Any,
+        number: int,
+        row: int,
+        told: dict[str, Any],
+        patience: float,
     ) -> None:
         self._owner = owner
         self._reactor = reactor
         self._told = told
+        self._patience = patience
         self.number = number
         self.row = row
         self.born = reactor.seconds()
@@ -377,7 +400,7 @@ class _Process(ProcessProtocol):
             childFDs={0: "w", 1: "r", 2: "r", _FIGURES_FD: figures_fd, _LISTENING_FD: listening_fd},
         )
         self.pid = self._process.pid
-        self._deadline = self._reactor.callLater(_READY_SECONDS, self._end_if_not_ready)
+        self._deadline = self._reactor.callLater(self._patience, self._end_if_not_ready)
         self._write(json.dumps(self._told).encode() + b"\n")
         self._told = {}
 

@@ -76,6 +76,7 @@ class Watch:
         self._clock = clock
         self._wall_clock = wall_clock
         self._history = History()
+        self._away: set[str] = set()
         self.show: Callable[[dict[str, Any]], None] = lambda _: None
 
     def start(self) -> None:
@@ -152,7 +153,19 @@ class Watch:
 
         return self._ask(node, "taskd.status", {}).addCallback(status)
 
+    def _log_changes(self, seen: list[dict[str, Any]]) -> None:
+        """Log that a daemon does not tell, once, and that it does again."""
+        for node in seen:
+            name, error = node["name"], node["error"]
+            if error is not None and name not in self._away:
+                self._away.add(name)
+                self._log.warn("{node}: {reason}", node=name, reason=error)
+            elif error is None and name in self._away:
+                self._away.discard(name)
+                self._log.info("{node}: the daemon answers again", node=name)
+
     def _tell(self, seen: list[dict[str, Any]]) -> None:
+        self._log_changes(seen)
         totals = self._figures.totals()
         sample = self._history.add(
             self._clock(),

@@ -86,9 +86,9 @@ class RoomTests(GatewayTestCase):
         self.assert_error(web.reply(), "overloaded")
 
     def test_connections(self) -> None:
-        """Beyond --max-connections a WebSocket gets 503; so does a call beyond --max-calls."""
+        """Beyond --max-connections a WebSocket gets 503; so does a call beyond one's share."""
         daemon = shared_daemon(procs=2)
-        gateway = self.start_gateway(daemon, "--allow=*", "--max-connections=2", "--max-calls=2")
+        gateway = self.start_gateway(daemon, "--allow=*", "--max-connections=2", "--max-calls=4")
         first, _ = self.open(gateway), self.open(gateway, "/live")
         for path in ("/ws", "/live"):
             with self.assertRaises(InvalidStatus) as raised:

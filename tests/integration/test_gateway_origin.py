@@ -112,7 +112,7 @@ class WebSocketTests(OriginTestCase):
             for path in ("/", "/metrics", "/dashboard.js", "/no/such/page"):
                 answer = self.gateway.get(path, Host=host)
                 self.assertEqual(answer.status, http.HTTPStatus.FORBIDDEN, (host, path))
-                self.assert_error(answer.json, "unauthorized", "another name")
+                self.assert_error(answer.json, "unauthorized", "is no name of this place")
             self.assertEqual(self.gateway.get("/healthz", Host=host).json, {"status": "ok"})
             path = self.path(self.daemon)
             answer = self.gateway.call("touch", [path], headers=headers)
