@@ -18,10 +18,11 @@ from typing import Any, Final
 from taskd.failures import FAILURES_BYTES, Failures, latest
 from taskd.slots import (
     BORN,
+    BUCKETS,
     CONNECTIONS,
-    DONE,
     FAILED,
     FAILURE,
+    LATENCY,
     NAME,
     ON_THREADS,
     SLOT_WORDS,
@@ -71,7 +72,6 @@ class Scoreboard:
         self._states = self._words[STATE::SLOT_WORDS]
         self._on_threads = self._words[ON_THREADS::SLOT_WORDS]
         self._open = self._words[CONNECTIONS::SLOT_WORDS]
-        self._done = self._words[DONE::SLOT_WORDS]
         self._failed = self._words[FAILED::SLOT_WORDS]
         self._born = self._seconds[BORN::SLOT_WORDS]
 
@@ -175,11 +175,17 @@ class Scoreboard:
         for number, state in enumerate(self._states.tolist()[1:], 1):
             if state:
                 figures[self.slot(number).state_name] += 1
+        failed = sum(self._failed.tolist()[1:])
+        words = self._words
+        ended = sum(
+            sum(words[first : first + BUCKETS].tolist())
+            for first in range(SLOT_WORDS + LATENCY, len(words), SLOT_WORDS)
+        )
         return {
             **figures,
             "waiting": self.waiting,
-            "done": sum(self._done.tolist()[1:]),
-            "failed": sum(self._failed.tolist()[1:]),
+            "done": ended - failed,
+            "failed": failed,
         }
 
     def status(self, now: float) -> dict[str, Any]:

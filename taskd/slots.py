@@ -15,11 +15,12 @@ from taskd.states import Cause, State
 
 __all__ = [
     "BORN",
+    "BUCKETS",
     "CALLERS_BYTES",
     "CONNECTIONS",
-    "DONE",
     "FAILED",
     "FAILURE",
+    "LATENCY",
     "NAME",
     "NAME_BYTES",
     "ON_THREADS",
@@ -42,14 +43,13 @@ _BEGAN: Final = 3
 _ON_REACTOR: Final = 4
 CONNECTIONS: Final = 5
 _ACCEPTED: Final = 6
-DONE: Final = 7
 FAILED: Final = 8
 ON_THREADS: Final = 10
 _BEAT: Final = 11
 _DUE: Final = 12
-_LATENCY: Final = 16
-_BUCKETS: Final = 32
-_SLOWEST: Final = _LATENCY + _BUCKETS - 1
+LATENCY: Final = 16
+BUCKETS: Final = 32
+_SLOWEST: Final = LATENCY + BUCKETS - 1
 NAME: Final = 48
 _CALLERS: Final = 64
 NAME_BYTES: Final = (_CALLERS - NAME) * WORD
@@ -186,13 +186,18 @@ class Slot:
         Returns:
             Under which power of two microseconds it is counted.
         """
+        # That one is done is counted by its latency alone: it is called for every task.
         words = self._words
-        words[FAILED if failed else DONE] += 1
         bucket = int(seconds * 1e6).bit_length()
-        if bucket >= _BUCKETS:
-            bucket = _BUCKETS - 1
-        words[_LATENCY + bucket] += 1
-        self.show_the_rest()
+        if bucket >= BUCKETS:
+            bucket = BUCKETS - 1
+        words[LATENCY + bucket] += 1
+        if failed:
+            words[FAILED] += 1
+        if self._on_threads or self._on_reactor:
+            self.show_the_rest()
+        else:
+            self._seconds[_BEGAN] = 0.0
         return bucket
 
     def show_the_rest(self) -> None:
@@ -245,9 +250,10 @@ class Slot:
         self._on_threads -= 1
         words[ON_THREADS] = self._on_threads
         # Counted as in ``leave``, written out for the same reason as in ``run``.
-        words[FAILED if failed else DONE] += 1
+        if failed:
+            words[FAILED] += 1
         bucket = int(seconds * 1e6).bit_length()
-        words[_LATENCY + bucket if bucket < _BUCKETS else _SLOWEST] += 1
+        words[LATENCY + bucket if bucket < BUCKETS else _SLOWEST] += 1
         if not (self._on_threads or self._on_reactor):
             self._seconds[_BEGAN] = 0.0
             self._show_if_idle()
@@ -295,7 +301,7 @@ class Slot:
     @property
     def ended(self) -> int:
         """Tell how many tasks have ended in this slot, its earlier processes' included."""
-        return self._words[DONE] + self._words[FAILED]
+        return sum(self._words[LATENCY : LATENCY + BUCKETS])
 
     def connected(self, open_connections: int) -> None:
         """Show that a connection came, and how many there are now."""
@@ -346,7 +352,7 @@ class Slot:
             "connections": words[CONNECTIONS],
             "callers": self.callers,
             "accepted": words[_ACCEPTED],
-            "done": words[DONE],
+            "done": self.ended - words[FAILED],
             "failed": words[FAILED],
             "latency": self.latency(),
         }
@@ -358,7 +364,7 @@ class Slot:
         Returns:
             Counts by upper bound in microseconds (a power of two), empty ones left out.
         """
-        counts = self._words[_LATENCY : _LATENCY + _BUCKETS]
+        counts = self._words[LATENCY : LATENCY + BUCKETS]
         return {str(2**power): count for power, count in enumerate(counts) if count}
 
 
