@@ -52,7 +52,7 @@ class Ledger:
         count_failed: As the tally's ``failed``.
     """
 
-    _log = Logger(namespace="taskd.task")
+    _log = Logger(namespace="taskd.ledger")
 
     def __init__(
         self,

@@ -158,7 +158,7 @@ class JsonTests(LogTestCase):
             self.assertEqual((event["caller"], event["level"]), ("web", "warn"))
             self.assertIn(event["worker"], (1, 2))
             self.assertEqual(event["pid"], daemon.workers()[event["worker"]])
-            self.assertEqual(event["logger"], "taskd.executor")
+            self.assertEqual(event["logger"], "taskd.ledger")
             self.assertLess(event["seconds"], 10)
             self.assertTrue(event["error"].startswith("ValueError: "))
             self.assertIn("the_tasks.py", event["traceback"])
