@@ -174,7 +174,7 @@ class DaemonAwayTests(GatewayTestCase):
         self.start(port=first.port)
         self.assertEqual(web.ask("add", [1, 2]), 3)
         wait_until(lambda: gateway.get("/healthz").json == {"status": "ok"}, what="health")
-        self.assertEqual(self.up(gateway, first), [1])
+        wait_until(lambda: self.up(gateway, first) == [1], what="it in the metrics")
         wait_until(lambda: self.node(feed)["status"], what="the status in the feed")
         gateway.wait_for_figure("in_flight", 0)
         for word in ("Traceback", "Unhandled"):
