@@ -1,5 +1,5 @@
 """
-What twistd makes of a start: one line when it fails, and a log as it was ordered.
+What twistd makes of a start: options, one line when it fails, a log as it was ordered.
 
 It is the same for ``twistd taskd`` and for ``twistd taskd-gateway``.
 """
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from twisted.application.service import Service
 from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
 from twisted.python.components import Componentized
 
-from taskd.errors import StartFailed
+from taskd import __version__
+from taskd.errors import SettingsError, StartFailed
+from taskd.logs import observer_for
 
-__all__ = ["WritesItsLog", "in_one_line", "one_line_for_failed_starts"]
+__all__ = ["CommandOptions", "WritesItsLog", "in_one_line", "one_line_for_failed_starts"]
 
 
 def in_one_line(command: str, error: usage.UsageError) -> SystemExit:
@@ -32,6 +34,50 @@ def in_one_line(command: str, error: usage.UsageError) -> SystemExit:
     """
     told = str(error).removeprefix("Parameter type enforcement failed: ")
     return SystemExit(f"twistd {command}: {told}; see twistd {command} --help")
+
+
+class CommandOptions(usage.Options):
+    """
+    What the options of every command have in common.
+
+    Attributes:
+        command: The name behind ``twistd``.
+    """
+
+    command: ClassVar[str]
+
+    def opt_version(self) -> None:
+        """Show taskd's version and exit."""
+        print("taskd", __version__)  # noqa: T201
+        sys.exit(0)
+
+    def parseOptions(self, options: Any = None) -> None:
+        """Parse, and say in one line what is wrong."""
+        try:
+            super().parseOptions(options)  # type: ignore[no-untyped-call]
+        except usage.UsageError as error:
+            raise in_one_line(self.command, error) from None
+
+    @property
+    def _twistd(self) -> Mapping[str, Any]:
+        """Give twistd's own options."""
+        return self.parent if self.parent is not None else {}
+
+    def check_log(self) -> None:
+        """
+        Check that the log can be written as it is ordered.
+
+        Raises:
+            SettingsError: twistd is to write it otherwise.
+        """
+        if self["log-format"] == "json" and self._twistd.get("logger"):
+            raise SettingsError("--log-format json is of no use with twistd's --logger")
+
+    def observer(self) -> ILogObserver | None:
+        """Make what writes the log; None: that is left to twistd."""
+        if self.parent is None or self._twistd.get("logger"):
+            return None
+        return observer_for(self["log-format"], self["log-level"], self._twistd)
 
 
 class WritesItsLog(Service):

@@ -23,13 +23,11 @@ from twisted.logger import (
 )
 from twisted.python import usage
 
-from taskd import __version__
 from taskd.checking import check
 from taskd.credentials import read_secret
 from taskd.endpoints import listeners_from
 from taskd.errors import SettingsError, StartFailed
-from taskd.launch import WritesItsLog, in_one_line, one_line_for_failed_starts
-from taskd.logs import observer_for
+from taskd.launch import CommandOptions, WritesItsLog, one_line_for_failed_starts
 from taskd.notify import Notifier
 from taskd.options import OPTIONS, Option, read_file
 from taskd.ports import Ports
@@ -56,7 +54,7 @@ def _reader(option: Option) -> Callable[[str], Any]:
     return read
 
 
-class Options(usage.Options):
+class Options(CommandOptions):
     """
     What ``twistd taskd`` can be told.
 
@@ -64,6 +62,7 @@ class Options(usage.Options):
     over what a file says; of a flag that the file sets there is no opposite.
     """
 
+    command = "taskd"
     synopsis = "[options]"
     longdesc = (
         "A pool of worker processes that share one port and run tasks. A task is asked for by "
@@ -112,41 +111,17 @@ class Options(usage.Options):
             )
         self["allow"] = [*(self["allow"] or ()), (identity.strip(), patterns)]
 
-    def opt_version(self) -> None:
-        """Show taskd's version and exit."""
-        print("taskd", __version__)  # noqa: T201
-        sys.exit(0)
-
-    def parseOptions(self, options: Any = None) -> None:
-        """Parse, and say in one line what is wrong; the list of all options would bury it."""
-        try:
-            super().parseOptions(options)  # type: ignore[no-untyped-call]
-        except usage.UsageError as error:
-            raise in_one_line("taskd", error) from None
-
     def postOptions(self) -> None:
         """Check everything that can be checked before the daemon starts."""
         try:
             self._complete()
             self.settings = settings_from(self, os.environ)
             self.listeners = listeners_from(self.settings)
-            if self["log-format"] == "json" and self._twistd.get("logger"):
-                raise SettingsError("--log-format json is of no use with twistd's --logger")
+            self.check_log()
         except SettingsError as error:
             raise usage.UsageError(self._with_its_file(str(error))) from None
         if self["check"]:
             self._check()
-
-    @property
-    def _twistd(self) -> Mapping[str, Any]:
-        """Give twistd's own options."""
-        return self.parent if self.parent is not None else {}
-
-    def observer(self) -> ILogObserver | None:
-        """Make what writes the log; None: that is left to twistd."""
-        if self.parent is None or self._twistd.get("logger"):
-            return None
-        return observer_for(self["log-format"], self["log-level"], self._twistd)
 
     def _complete(self) -> None:
         """Take what is not on the command line from the file, or else by default."""

@@ -71,7 +71,7 @@ FLOORS = {
     "checking": 8,
     "supervisor": 8,
     "tap": 9,
-    "launch": 3,
+    "launch": 4,
     "gateway.answers": 3,
     "gateway.figures": 1,
     "gateway.history": 1,

@@ -36,7 +36,7 @@ from taskd.gateway.identity import Watchers
 from taskd.gateway.origin import Origins
 from taskd.gateway.pages import Dashboard, Gate, HealthPage, MetricsPage, static
 from taskd.gateway.secrets import Secrets
-from taskd.gateway.settings import GatewaySettings
+from taskd.gateway.settings import FIGURES_FD, LISTENING_FD, GatewaySettings
 from taskd.gateway.site import GatewaySite, Upgrade
 from taskd.gateway.sockets import BrowserFactory, FeedFactory
 from taskd.gateway.watch import Node, Watch
@@ -44,11 +44,7 @@ from taskd.logs import Forwarder
 from taskd.process import Title
 from taskd.tls import Secure
 
-__all__ = ["FIGURES_FD", "LISTENING_FD", "Gateway", "main"]
-
-FIGURES_FD: Final = 3
-LISTENING_FD: Final = 4
-"""Where the supervisor has put what it passes."""
+__all__ = ["Gateway", "main"]
 
 _CONNECT_SECONDS: Final = 5.0
 """A browser is told sooner than a program that there is no daemon."""

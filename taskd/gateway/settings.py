@@ -13,10 +13,14 @@ from typing import Any, Final
 from taskd.errors import SettingsError
 from taskd.settings import LOG_FORMATS, LOG_LEVELS, check_choice, check_range
 
-__all__ = ["ALLOWED_BY_DEFAULT", "GatewaySettings", "rule_of"]
+__all__ = ["ALLOWED_BY_DEFAULT", "FIGURES_FD", "LISTENING_FD", "GatewaySettings", "rule_of"]
 
 ALLOWED_BY_DEFAULT: Final = (("*", ("echo",)),)
 """What a browser may call before the operator has said anything."""
+
+FIGURES_FD: Final = 3
+LISTENING_FD: Final = 4
+"""Where the supervisor puts what it passes to a process."""
 
 _EVERYBODY: Final = "*"
 

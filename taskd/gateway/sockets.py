@@ -121,7 +121,6 @@ class BrowserFactory(SocketFactory):
         self._backend = backend
         self.asks = asks
         self._limits = Limits(settings.max_in_flight, settings.max_rate)
-        self._is_draining = False
 
     def conversation(self, socket: BrowserSocket) -> Conversation:
         """Make a WebSocket's conversation."""

@@ -30,7 +30,7 @@ from taskd.errand import stop
 from taskd.errors import StartFailed
 from taskd.gateway.figures import Figures
 from taskd.gateway.secrets import Secrets
-from taskd.gateway.settings import GatewaySettings
+from taskd.gateway.settings import FIGURES_FD, LISTENING_FD, GatewaySettings
 from taskd.listening import address_text, bind_tcp, is_exposed, listen
 from taskd.logs import from_worker
 from taskd.policy import Births
@@ -44,8 +44,6 @@ _GENERATIONS: Final = 4
 
 _KILL_AFTER_GRACE_SECONDS: Final = 5.0
 _PROGRAM: Final = "from taskd.gateway.process import main; main()"
-_FIGURES_FD: Final = 3
-_LISTENING_FD: Final = 4
 _READY_SECONDS: Final = 60.0
 _STARTS_AT_A_TIME: Final = 8
 """A process that does not serve by then never will; many that start at once take longer."""
@@ -397,7 +395,7 @@ class _Process(ProcessProtocol):
             sys.executable,
             [sys.executable, "-P", "-c", program],
             env={k: v for k, v in os.environ.items() if k not in NOT_FOR_CHILDREN},
-            childFDs={0: "w", 1: "r", 2: "r", _FIGURES_FD: figures_fd, _LISTENING_FD: listening_fd},
+            childFDs={0: "w", 1: "r", 2: "r", FIGURES_FD: figures_fd, LISTENING_FD: listening_fd},
         )
         self.pid = self._process.pid
         self._deadline = self._reactor.callLater(self._patience, self._end_if_not_ready)

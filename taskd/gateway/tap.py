@@ -10,16 +10,13 @@ from importlib.util import find_spec
 from typing import Any, ClassVar, Final
 
 from twisted.application.service import IService
-from twisted.logger import ILogObserver
 from twisted.python import usage
 
-from taskd import __version__
 from taskd.errors import SettingsError
 from taskd.gateway.origin import Origins
 from taskd.gateway.settings import GatewaySettings, rule_of
 from taskd.gateway.supervisor import GatewaySupervisor
-from taskd.launch import WritesItsLog, in_one_line, one_line_for_failed_starts
-from taskd.logs import observer_for
+from taskd.launch import CommandOptions, WritesItsLog, one_line_for_failed_starts
 from taskd.notify import sender_to
 
 __all__ = ["Options", "makeService"]
@@ -53,9 +50,10 @@ def _count(
     return [name, short, _DEFAULTS[field], help, _number(name, kind)]
 
 
-class Options(usage.Options):
+class Options(CommandOptions):
     """What ``twistd taskd-gateway`` can be told."""
 
+    command = _COMMAND
     synopsis = "[options]"
     longdesc = (
         "Takes calls from browsers, over WebSocket and HTTP, and hands them to taskd; shows at / "
@@ -132,18 +130,6 @@ class Options(usage.Options):
         """Let this origin's pages call, such as https://example.org; repeatable."""
         self["origin"].append(origin)
 
-    def opt_version(self) -> None:
-        """Show taskd's version and exit."""
-        print("taskd", __version__)  # noqa: T201
-        sys.exit(0)
-
-    def parseOptions(self, options: Any = None) -> None:
-        """Parse, and say in one line what is wrong."""
-        try:
-            super().parseOptions(options)  # type: ignore[no-untyped-call]
-        except usage.UsageError as error:
-            raise in_one_line(_COMMAND, error) from None
-
     def postOptions(self) -> None:
         """Check everything that can be checked before the gateway starts."""
         missing = [name for name in ("autobahn", "prometheus_client") if find_spec(name) is None]
@@ -157,21 +143,9 @@ class Options(usage.Options):
         try:
             self.settings = _settings_from(self)
             Origins(self.settings.origins, needs_one=self.settings.needs_origin)
-            if self.settings.log_format == "json" and self._twistd.get("logger"):
-                raise SettingsError("--log-format json is of no use with twistd's --logger")
+            self.check_log()
         except SettingsError as error:
             raise usage.UsageError(str(error)) from None
-
-    @property
-    def _twistd(self) -> Mapping[str, Any]:
-        """Give twistd's own options."""
-        return self.parent if self.parent is not None else {}
-
-    def observer(self) -> ILogObserver | None:
-        """Make what writes the log; None: that is left to twistd."""
-        if self.parent is None or self._twistd.get("logger"):
-            return None
-        return observer_for(self.settings.log_format, self.settings.log_level, self._twistd)
 
 
 def _settings_from(options: Mapping[str, Any]) -> GatewaySettings:
